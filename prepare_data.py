@@ -1,22 +1,58 @@
-"""The data of DiffuRec (Li et al.): four public datasets, a toy one and your own log, in one text format.
+"""The data of DiffuRec (Li et al.): four public datasets, a toy one and your own log, as text.
 
-    python prepare_data.py beauty                        # download, filter, write data/beauty.txt
-    python prepare_data.py shop --raw log.csv --core 5   # the same from a log of your own
+names:
+  beauty, toys   Amazon reviews of 2014, 5-core               (downloads about 45 MB each)
+  ml-1m          MovieLens 1M, 5-core                         (6 MB)
+  steam          Steam reviews, 5-core, repeated games once   (1.3 GB)
+  toy            walks around a ring of items, made here      (nothing)
+  another name   your own log, with --raw FILE
 
-The format: one user a line, that user's item ids (1, 2, 3, ...) oldest first, separated by spaces.
-`diffurec.py` reads it with `load_sequences`; nothing else of this file is needed to read the model.
+It writes DATA_DIR/NAME.txt, one user a line, that user's item ids (1, 2, 3, ...) oldest first, and
+NAME.items.txt and NAME.users.txt, whose line i names item i and the user of line i. A download
+stays in DATA_DIR/raw; one that was interrupted goes on where it stopped.
+
+Your own log is CSV, TSV or RecBole's .inter, gzip or not, in UTF-8. A header such as
+user,item,timestamp (or user_id, itemId, timestamp:float, ...) says which columns to take; without
+one they are the first three. Timestamps are numbers or ISO 8601, one kind in one file.
+
+examples:
+  python prepare_data.py beauty ml-1m
+  python prepare_data.py ml-1m --raw ~/Downloads/ml-1m.zip
+  python prepare_data.py shop --raw log.csv --core 5
 """
 
 import argparse
+import ast
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.client
+import io
+import itertools
+import json
 import os
 import re
 import sys
+import time
+import urllib.error
+import urllib.request
 import uuid
+import zipfile
+import zlib
+from array import array
 from codecs import BOM_UTF8
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, don't start two downloads of one dataset at once
+    fcntl = None
 
 # ------------------------------------------------------------- what the paper says of each dataset
 
@@ -40,7 +76,8 @@ TABLE_2 = {
 # ------------------------------------------------------------------------------- the data format
 
 MIN_LENGTH = 3  # leave-one-out (§5.1) needs an item each to train on, to validate and to test
-LARGEST_ID = 10_000_000  # the embedding table has a row for every id up to the largest one: ids
+ITEM_ID = re.compile(rb"0*[1-9][0-9]{0,6}")  # 1 to 9,999,999
+LARGEST_ID = 9_999_999  # the embedding table has a row for every id up to the largest, so ids
 SPARSE_ID = 100_000  # above this one are refused when fewer than 1 in 100 of the rows is used
 
 
@@ -50,7 +87,7 @@ class Sequences:
 
     items: np.ndarray  # int64, the item ids of all these users, one user after another
     offsets: np.ndarray  # int64, n_users + 1: user u has items[offsets[u] : offsets[u + 1]]
-    lines: np.ndarray  # int64, n_users: the line of the file each user stands in, from 1
+    lines: np.ndarray  # int64, n_users: the line of the file that each user is, from 1
     n_items: int  # the largest id in the file
     skipped: int  # users left out because they have fewer than three items
 
@@ -62,55 +99,43 @@ class Sequences:
 def load_sequences(path) -> Sequences:
     """Read a file in the data format.
 
-    Lines end with LF or CRLF (the last one need not), ids are separated by spaces or tabs, a UTF-8
-    byte-order mark may stand first; an empty line is a user without items. Anything else raises
-    ValueError, one line with the file and the line; a file that cannot be read raises OSError.
+    Lines end with LF or CRLF (the last one need not), spaces or tabs separate, a UTF-8 byte-order
+    mark may come first, an empty line is a user without items. Anything else raises ValueError, one
+    line with the file and the line in it; a file that cannot be read raises OSError.
     """
-    raw = Path(path).read_bytes().removeprefix(BOM_UTF8)
-    data = np.frombuffer(raw, np.uint8)
-    digit = data - np.uint8(ord("0")) < 10  # bytes below "0" wrap around to large ones
-    newline = data == ord("\n")
-    carriage_return = data == ord("\r")
-    carriage_return[:-1] &= newline[1:]  # only as a part of the line's end
-    wrong = ~(digit | newline | carriage_return | (data == ord(" ")) | (data == ord("\t")))
-    if wrong.any():
-        position = int(wrong.argmax())
-        start = 1 + max(raw.rfind(separator, 0, position) for separator in (b" ", b"\t", b"\n"))
-        word = re.compile(rb"[^ \t\n]{1,40}").match(raw, start).group().decode(errors="replace")
-        line = 1 + raw.count(b"\n", 0, position)
-        raise ValueError(f"{path}:{line}: {word!r} is not an item id (a whole number from 1)")
-    if not digit.any():
+    raw = Path(path).read_bytes().removeprefix(BOM_UTF8).replace(b"\r\n", b"\n")
+    if not raw.strip():
         raise ValueError(f"{path}: the file holds no item ids")
+    items = np.zeros(1, np.int64)
+    if not raw.translate(None, delete=b"0123456789 \t\n"):
+        items = np.fromstring(raw, np.int64, sep=" ")  # past 2^63 it stops there, above LARGEST_ID
+    if items.min() < 1 or items.max() > LARGEST_ID:
+        for number, line in enumerate(raw.split(b"\n"), 1):  # slow, but only to say where
+            for word in re.findall(rb"[^ \t]+", line):
+                if not ITEM_ID.fullmatch(word):
+                    what = f"is not an item id, a whole number from 1 to {LARGEST_ID:,}"
+                    raise ValueError(
+                        f"{path}:{number}: {word[:40].decode(errors='replace')!r} {what}"
+                    )
 
-    first_digit = digit.copy()
-    first_digit[1:] &= ~digit[:-1]
-    line_starts = np.append(0, np.flatnonzero(newline) + 1)
-    line_starts = line_starts[line_starts < len(data)]  # no further line after the last newline
-    counts = np.add.reduceat(first_digit, line_starts, dtype=np.int64)  # ids in each line
-    items = np.fromstring(raw, np.int64, sep=" ")  # any white space; too many digits: 2^63 - 1
+    characters = np.frombuffer(raw, np.uint8)
+    in_id = np.append(False, characters >= ord("0"))  # one place late, so that diff shows starts
+    starts = np.flatnonzero(in_id[1:] & ~in_id[:-1])
+    newlines = np.flatnonzero(characters == ord("\n"))
+    line_of_id = np.searchsorted(newlines, starts)  # from 0
+    lengths = np.bincount(line_of_id, minlength=len(newlines) + (not raw.endswith(b"\n")))
 
-    def line_of(index):
-        return 1 + int(np.searchsorted(np.cumsum(counts), index, side="right"))
-
-    wrong = (items < 1) | (items > LARGEST_ID)
-    if wrong.any():
-        first = int(wrong.argmax())
-        what = "0 is not an item id, they start at 1"
-        if items[first] != 0:
-            what = f"an item id above {LARGEST_ID:,}, the largest allowed"
-        raise ValueError(f"{path}:{line_of(first)}: {what}")
     n_items, distinct = int(items.max()), np.count_nonzero(np.bincount(items))
     if n_items > max(SPARSE_ID, 100 * distinct):
-        raise ValueError(
-            f"{path}:{line_of(items.argmax())}: item id {n_items:,} in a file of {distinct:,} "
-            f"different ids: the embedding table would be nearly empty, number them from 1"
-        )
-    kept = counts >= MIN_LENGTH
+        where = f"{path}:{line_of_id[items.argmax()] + 1}"
+        what = f"item id {n_items:,}, but only {distinct:,} different ids: number them from 1"
+        raise ValueError(f"{where}: {what}")
+    kept = lengths >= MIN_LENGTH
     if not kept.any():
         raise ValueError(f"{path}: no user has {MIN_LENGTH} items or more")
     return Sequences(
-        items=items[np.repeat(kept, counts)],
-        offsets=np.append(0, np.cumsum(counts[kept])),
+        items=items[kept[line_of_id]],
+        offsets=np.append(0, np.cumsum(lengths[kept])),
         lines=np.flatnonzero(kept) + 1,
         n_items=n_items,
         skipped=int(np.count_nonzero(~kept)),
@@ -120,8 +145,7 @@ def load_sequences(path) -> Sequences:
 def load_names(path) -> list[str]:
     """The lines of an `.items.txt` or `.users.txt` file: entry i - 1 is the name of i."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line.removesuffix("\n") for line in file]
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
 
@@ -130,7 +154,7 @@ def write_lines(path, lines) -> None:
     """Write a text file so that at any moment it is the old one or the new one, whole."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "x", encoding="utf-8", errors="replace", newline="\n") as file:
             file.writelines(f"{line}\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -141,10 +165,9 @@ def write_lines(path, lines) -> None:
 
 # ---------------------------------------------------------------------------------- the toy data
 
-TOY_USERS, TOY_ITEMS = 2000, 200
+TOY_USERS, TOY_ITEMS, TOY_SEED = 2000, 200, 0
+TOY_SHORTEST, TOY_LONGEST = 6, 14  # items of a user, all lengths alike
 TOY_STRIDE, TOY_DECAY = 20, 0.8  # a step goes j = 1..TOY_STRIDE places, P(j) ~ TOY_DECAY ** j
-TOY_SHORTEST, TOY_LONGEST = 6, 14
-TOY_SEED = 0
 
 
 def toy_ring() -> np.ndarray:
@@ -153,7 +176,7 @@ def toy_ring() -> np.ndarray:
 
 
 def toy_strides() -> np.ndarray:
-    """The probability of a step of 1, 2, ..., TOY_STRIDE places (TOY_STRIDE)."""
+    """The probability of a step of 1, 2, ... places (TOY_STRIDE)."""
     weights = TOY_DECAY ** np.arange(1, TOY_STRIDE + 1)
     return weights / weights.sum()
 
@@ -174,35 +197,438 @@ def make_toy() -> list[np.ndarray]:
 
 
 def toy_ceiling() -> dict[str, float]:
-    """The best expected metrics on the toy data, fractions of 1: rank items by probability."""
+    """The best expected metrics on the toy data, fractions of 1: rank the items by probability."""
     strides = np.sort(toy_strides())[::-1]
     gains = strides / np.log2(np.arange(2, TOY_STRIDE + 2))
     hit_rates = {f"HR@{k}": float(strides[:k].sum()) for k in (5, 10, 20)}
     return hit_rates | {f"NDCG@{k}": float(gains[:k].sum()) for k in (5, 10, 20)}
 
 
+# ------------------------------------------------------------------------------------ raw files
+
+GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"  # how such files begin
+FINITE = 1e300  # timestamps beyond it, infinity and NaN are refused
+MAX_LINE = 1 << 24  # bytes in a line of a raw file
+MAX_UNPACKED = 1 << 34  # bytes in all of it; Steam, the largest, has about a quarter of that
+
+
+def begins_with(path, magic) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def live(text) -> None:
+    """Show a line that the next call overwrites, where standard error is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def raw_lines(path, member=None, encoding="utf-8"):
+    """Yield (line number, line with its end) of a text file, a gzip file or one member of a zip.
+
+    It is read as a stream and nothing else of an archive is touched. Raises ValueError for damaged
+    archives, text in another encoding, and what is larger than the limits above.
+    """
+    number = total = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            packed = stack.enter_context(open(path, "rb"))
+            if begins_with(path, GZIP):
+                packed = stack.enter_context(gzip.open(packed))
+            elif member and begins_with(path, ZIP):
+                archive = stack.enter_context(zipfile.ZipFile(packed))
+                if archive.getinfo(member).compress_type not in (0, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile("neither stored nor deflated")
+                packed = stack.enter_context(archive.open(member))
+            stream = stack.enter_context(io.BufferedReader(packed, 1 << 20))
+            while line := stream.readline(MAX_LINE + 1):
+                number, total = number + 1, total + len(line)
+                if len(line) > MAX_LINE or total > MAX_UNPACKED:
+                    limits = f"{MAX_LINE:,} bytes in this line or {MAX_UNPACKED:,} in all"
+                    raise ValueError(f"{path}:{number}: more than {limits}")
+                if number == 1:
+                    line = line.removeprefix(BOM_UTF8)
+                yield number, line.decode(encoding)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}:{number}: not {encoding} text") from None
+    except (
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        zipfile.BadZipFile,
+        KeyError,
+        RuntimeError,
+    ) as e:
+        raise ValueError(f"{path}: damaged, or another archive than expected: {e}") from None
+
+
+def parse_amazon(line):
+    """User, item and time of one of Amazon's reviews of 2014, a JSON object."""
+    review = json.loads(line)
+    return review["reviewerID"], review["asin"], float(review["unixReviewTime"])
+
+
+def parse_movielens(line):
+    """User, item and time of one of ML-1M's ratings, UserID::MovieID::Rating::Timestamp."""
+    rating = re.fullmatch(r"([0-9]+)::([0-9]+)::[0-9]+::([0-9]+)\s*", line)
+    return rating[1], rating[2], float(rating[3])
+
+
+def movielens_titles(path) -> dict[str, str]:
+    """Movie id -> title, from the zip or from a movies.dat beside ratings.dat, both Latin-1."""
+    movies = path if begins_with(path, ZIP) else path.with_name("movies.dat")
+    titles = {}
+    for number, line in raw_lines(movies, "ml-1m/movies.dat", "latin-1") if movies.exists() else ():
+        movie = re.fullmatch(r"([0-9]+)::(.*)::.*\s*", line)
+        if not movie:
+            raise ValueError(f"{movies}:{number}: not MovieID::Title::Genres")
+        titles[movie[1]] = movie[2]
+    return titles
+
+
+# A Steam review is a Python literal, {u'username': u'...', 'product_id': '70', 'hours': 1.5, ...}.
+# This pattern is a whole line of plain keys and values, so that nothing inside a text is taken for
+# a field. Whatever does not match is left to literal_eval, ten times slower.
+STEAM_FIELDS = ("username", "product_id", "date")
+STRING = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
+OTHER = rf"(?:{STRING}|-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|True|False|None)"
+STEAM_REVIEW = re.compile(
+    r"\{(?:(?:"
+    + "".join(rf"u?'{field}': ({STRING})|" for field in STEAM_FIELDS)
+    + rf"(?!u?'(?:{'|'.join(STEAM_FIELDS)})')u?'[^'\\]*': {OTHER}"
+    + r")(?:, |(?=\})))*\}\s*"
+)
+
+
+def parse_steam(line):
+    """User, item and time (the day) of a Steam review; nothing in it is ever run."""
+    review = STEAM_REVIEW.fullmatch(line)
+    if review and all(review.groups()):
+        fields = review.groups()
+        if "\\" in "".join(fields):
+            fields = map(ast.literal_eval, fields)
+        else:
+            fields = (field.lstrip("u")[1:-1] for field in fields)
+    else:
+        review = ast.literal_eval(line)
+        fields = (review[field] for field in STEAM_FIELDS)
+    user, item, day = fields
+    return user, item, date.fromisoformat(day).toordinal()
+
+
+# What a header may call the columns, in lower case, "_", "-" and spaces left out.
+USER_COLUMNS = {"user", "userid", "uid", "username", "reviewerid", "customer", "customerid"}
+ITEM_COLUMNS = {"item", "itemid", "iid", "asin", "product", "productid", "movie", "movieid"}
+TIME_COLUMNS = {"timestamp", "time", "date", "datetime", "ts", "unixreviewtime"}
+
+
+def header_columns(row) -> list[int] | None:
+    """Where a header has the user, the item and the timestamp; None if the row is no header."""
+    names = [re.sub("[ _-]", "", cell.partition(":")[0].lower()) for cell in row]
+    known = USER_COLUMNS, ITEM_COLUMNS, TIME_COLUMNS
+    found = [[place for place, name in enumerate(names) if name in some] for some in known]
+    if not any(found):
+        return None
+    if [len(places) for places in found] != [1, 1, 1]:
+        raise ValueError("a header needs one column each for the user, the item and the timestamp")
+    return [places[0] for places in found]
+
+
+def parse_time(text) -> tuple[str, float]:
+    """The kind of a timestamp and its value: a number as it is, ISO 8601 as seconds."""
+    try:
+        return "a number", float(text)
+    except ValueError:
+        moment = datetime.fromisoformat(text)  # raises ValueError
+    if moment.tzinfo:
+        return "a date with a time zone", moment.timestamp()
+    return "a date without a time zone", (moment - datetime(1970, 1, 1)).total_seconds()
+
+
+def csv_rows(path):
+    """Yield (line number, fields) of a table: tabs separate if the first line has one."""
+    csv.field_size_limit(MAX_LINE)
+    lines = (line for _, line in raw_lines(path))
+    first = next(lines, "")
+    delimiter = "\t" if "\t" in first else ","
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    try:
+        for row in filter(None, rows):  # an empty line is nothing
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: {error}") from None
+
+
+def read_log(path):
+    """Yield (user, item, time) of your own log; ValueError with the line of the first bad row."""
+    columns = first_kind = None
+    for number, row in csv_rows(path):
+        try:
+            if columns is None:
+                width, columns = len(row), header_columns(row)
+                if columns:
+                    continue
+                columns = [0, 1, 2]
+            if len(row) != width or width < 3:
+                raise ValueError(f"{len(row)} columns instead of {max(width, 3)}")
+            user, item, when = (row[column].strip() for column in columns)
+            if not (user and item):
+                raise ValueError("the user or the item is missing")
+            kind, value = parse_time(when)
+            first_kind = first_kind or kind
+            if kind != first_kind or not abs(value) < FINITE:
+                raise ValueError(f"the timestamp {when[:40]!r} is {kind}; {first_kind} expected")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        yield user, item, value
+
+
+# ---------------------------------------------------------------------------- the four datasets
+
+
+@dataclass(frozen=True)
+class Dataset:
+    url: str
+    what: str  # what a line of the raw file is
+    parse: Callable  # line -> (user, item, time)
+    member: str | None = None  # the file inside the zip
+    md5: str | None = None  # None: not known, gzip's own checksum has to do
+    unique: bool = False  # keep only the first of repeated (user, item) pairs
+
+
+SNAP = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+AMAZON_REVIEW = "a JSON object with reviewerID, asin and unixReviewTime"
+DATASETS = {
+    "beauty": Dataset(f"{SNAP}/reviews_Beauty_5.json.gz", AMAZON_REVIEW, parse_amazon),
+    "toys": Dataset(f"{SNAP}/reviews_Toys_and_Games_5.json.gz", AMAZON_REVIEW, parse_amazon),
+    "ml-1m": Dataset(
+        f"{GROUPLENS}/ml-1m.zip",
+        "UserID::MovieID::Rating::Timestamp",
+        parse_movielens,
+        member="ml-1m/ratings.dat",
+        md5="c4d9eecfca2ab87c1945afe126590906",
+    ),
+    "steam": Dataset(
+        "http://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz",
+        "a Python literal with username, product_id and date",
+        parse_steam,
+        unique=True,
+    ),
+}
+
+
+def read_dataset(path, dataset):
+    """Yield (user, item, time) of each line; ValueError with the first line that is not one."""
+    not_a_line = (
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    )
+    for number, line in raw_lines(path, dataset.member):
+        try:
+            user, item, when = dataset.parse(line)
+        except not_a_line:
+            user = item = when = None
+        if not (isinstance(user, str) and isinstance(item, str) and abs(when) < FINITE):
+            raise ValueError(f"{path}:{number}: not {dataset.what}")
+        yield user, item, when
+
+
+# ------------------------------------------------------------------------------------- download
+
+TIMEOUT = 10  # seconds: to connect, and for the next bytes to come
+TRIES, PAUSE = 20, 1.0  # seconds between tries; one that brings nothing new is the last
+
+
+def fetch(url, part, magic) -> None:
+    """Append to the file `part` what it lacks of url, again and again while that brings more.
+
+    Raises OSError when it cannot go on, ValueError when the answer is not that file.
+    """
+    with open(part, "ab") as file:
+        for _ in range(TRIES):
+            before = file.tell()
+            request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"})
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+                    position = int(start[1]) if start else 0  # 0: the server starts over
+                    end = None if response.length is None else position + response.length
+                    while position != end and (piece := response.read1(1 << 16)):
+                        foreign = position == 0 and piece[: len(magic)] != magic[: len(piece)]
+                        if foreign or position > file.tell():
+                            raise ValueError(f"{url}: the server sent something else, {piece[:20]}")
+                        file.write(piece[file.tell() - position :])  # what is not there already
+                        position += len(piece)
+                        live(
+                            f"{position / 1e6:,.1f}"
+                            + (f" of {end / 1e6:,.1f} MB" if end else " MB")
+                        )
+                if end is None or position == end:
+                    return
+                reason = f"cut off at byte {position:,} of {end:,}"
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # nothing comes after `before`, so the file is complete
+                    return
+                raise OSError(f"{url}: the server says {error.code} {error.reason}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or error
+            if file.tell() == before:
+                break
+            time.sleep(PAUSE)
+        raise OSError(f"{url}: {reason} (run again to go on from byte {file.tell():,})")
+
+
+def download(url, folder, md5=None) -> Path:
+    """Fetch url into the folder unless it is there; go on where an earlier download stopped.
+
+    Until it is whole by its MD5, or by gzip's own checksum, the file is called `.part`; a whole one
+    that is wrong is set aside as `.bad`. One process at a time holds the lock, and the system
+    frees it however that process ends.
+    """
+    path = folder / url.rpartition("/")[2]
+    part, magic = path.with_name(path.name + ".part"), ZIP if path.suffix == ".zip" else GZIP
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        print(f"downloading {url}", file=sys.stderr)
+        fetch(url, part, magic)
+        live("")
+        try:
+            if not begins_with(part, magic):
+                raise ValueError("it is empty")
+            if md5 is None:
+                for _ in raw_lines(part):
+                    pass
+            elif hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+                raise ValueError(f"its MD5 is not {md5}")
+        except ValueError as error:
+            bad = path.with_name(path.name + ".bad")
+            os.replace(part, bad)
+            raise ValueError(f"{url}: {error}; set aside as {bad}, run again") from None
+        os.replace(part, path)
+    return path
+
+
+# -------------------------------------------------------------------------------------- prepare
+
+
+def k_core(users, items, k) -> np.ndarray:
+    """The rows left when users and items with fewer than k of them go until none is left."""
+    rows = np.arange(len(users))
+    while True:
+        user, item = users[rows], items[rows]
+        kept = (np.bincount(user)[user] >= k) & (np.bincount(item)[item] >= k)
+        if kept.all():
+            return rows
+        rows = rows[kept]
+
+
+def write_dataset(data_dir, name, sequences, item_names, user_names) -> Path:
+    """Write the three files, the sequences last: where they are, the names are too."""
+    path = Path(data_dir) / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind, names in (("items", item_names), ("users", user_names)):
+        one_line = (re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", each) for each in names)
+        write_lines(path.with_name(f"{name}.{kind}.txt"), one_line)
+    write_lines(path, (" ".join(map(str, sequence.tolist())) for sequence in sequences))
+    counts = len(sequences), len(item_names), sum(map(len, sequences))
+    print("{}: {:,} sequences, {:,} items, {:,} actions".format(path, *counts))
+    if name in TABLE_1:
+        off = [ours - theirs for ours, theirs in zip(counts, TABLE_1[name])]
+        print(
+            "{:,} sequences, {:,} items, {:,} actions in Table 1: ".format(*TABLE_1[name]), end=""
+        )
+        print("off by {:+,}, {:+,}, {:+,}".format(*off) if any(off) else "the same")
+    return path
+
+
 def prepare(name, data_dir, raw=None, core=None) -> Path:
-    """Write <data_dir>/<name>.txt, .items.txt and .users.txt; return the path of the first."""
-    if name != "toy":
-        raise ValueError(f"unknown dataset {name!r}")
-    data_dir = Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    place = np.argsort(toy_ring())
-    write_lines(data_dir / "toy.items.txt", (f"place {p} of the ring" for p in place))
-    write_lines(data_dir / "toy.users.txt", (f"walker {i + 1}" for i in range(TOY_USERS)))
-    write_lines(data_dir / "toy.txt", (" ".join(map(str, walk)) for walk in make_toy()))
-    return data_dir / "toy.txt"
+    """Write <data_dir>/<name>.txt, .items.txt and .users.txt; return the path of the first.
+
+    The raw file is downloaded unless it is given. Users stand, and items are numbered, in the order
+    in which the raw file first names them, those outside the `core` left out. Raises ValueError
+    or OSError, and then the files are as they were.
+    """
+    dataset = DATASETS.get(name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.items)(?<!\.users)", name):
+        raise ValueError(f"{name!r} is no name for a dataset (letters, digits, . _ -)")
+    if core is not None and core < 1:
+        raise ValueError(f"--core {core}: at least 1")
+    if name == "toy":
+        if raw is not None or core is not None:
+            raise ValueError("the toy data are made here: no --raw and no --core")
+        items = [f"place {place} of the ring" for place in np.argsort(toy_ring())]
+        users = [f"walker {number}" for number in range(1, TOY_USERS + 1)]
+        return write_dataset(data_dir, name, make_toy(), items, users)
+    if raw is None and dataset is None:
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown dataset {name!r}: {known}, toy, or your own log with --raw FILE")
+    raw = (
+        Path(raw) if raw is not None else download(dataset.url, Path(data_dir) / "raw", dataset.md5)
+    )
+
+    # Number users and items as they appear; 16 bytes an action is what lets Steam fit in memory.
+    user_number, item_number = {}, {}
+    users, items, times = array("i"), array("i"), array("d")
+    for user, item, when in read_dataset(raw, dataset) if dataset else read_log(raw):
+        users.append(user_number.setdefault(user, len(user_number)))
+        items.append(item_number.setdefault(item, len(item_number)))
+        times.append(when)
+        if len(times) % 100_000 == 0:
+            live(f"{raw}: {len(times):,} actions")
+    live("")
+    users, items, times = np.array(users), np.array(items), np.array(times)
+    rows = k_core(users, items, core or (5 if dataset else 1))
+    rows = rows[np.lexsort((times[rows], users[rows]))]  # stable: file order breaks ties (row 18)
+    if dataset and dataset.unique:
+        pairs = users[rows].astype(np.int64) * len(item_number) + items[rows]
+        first = np.sort(np.unique(pairs, return_index=True)[1])
+        print(f"{len(rows):,} actions, {len(first):,} without repeated (user, item) pairs")
+        rows = rows[first]
+    kept_users, lengths = np.unique(users[rows], return_counts=True)
+    if not (lengths >= MIN_LENGTH).any():
+        raise ValueError(f"{raw}: no user with {MIN_LENGTH} actions or more")
+    kept_items, numbers = np.unique(items[rows], return_inverse=True)
+    sequences = np.split(numbers + 1, np.cumsum(lengths)[:-1])
+    item_names, user_names = list(item_number), list(user_number)
+    item_names = [item_names[item] for item in kept_items]
+    if name == "ml-1m":
+        titles = movielens_titles(raw)
+        item_names = [titles.get(item, item) for item in item_names]
+    return write_dataset(
+        data_dir, name, sequences, item_names, [user_names[user] for user in kept_users]
+    )
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="+")
-    parser.add_argument("--data-dir", default="data")
+    what, _, more = __doc__.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=what, epilog=more, formatter_class=form)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="which datasets, see below")
+    parser.add_argument("--data-dir", default="data", help="where to write (default: data)")
+    parser.add_argument("--raw", metavar="FILE", help="read this file instead of downloading one")
+    help_core = "keep users and items with at least K actions (default: 5; your own log: all)"
+    parser.add_argument("--core", metavar="K", type=int, help=help_core)
     args = parser.parse_args(argv)
     try:
+        if len(args.names) > 1 and args.raw is not None:
+            raise ValueError("--raw is one file for one NAME")
         for name in args.names:
-            prepare(name, args.data_dir)
+            prepare(name, args.data_dir, args.raw, args.core)
+    except KeyboardInterrupt:
+        print("\nstopped; run it again, a download goes on from where it is", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
+        live("")
         print(f"prepare_data.py: error: {error}", file=sys.stderr)
         return 2
     return 0

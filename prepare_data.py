@@ -28,7 +28,6 @@ import csv
 import gzip
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -113,10 +112,9 @@ def load_sequences(path) -> Sequences:
         for number, line in enumerate(raw.split(b"\n"), 1):  # slow, but only to say where
             for word in re.findall(rb"[^ \t]+", line):
                 if not ITEM_ID.fullmatch(word):
-                    what = f"is not an item id, a whole number from 1 to {LARGEST_ID:,}"
-                    raise ValueError(
-                        f"{path}:{number}: {word[:40].decode(errors='replace')!r} {what}"
-                    )
+                    shown = word[:40].decode(errors="replace")
+                    what = f"{shown!r} is not an item id, a whole number from 1 to {LARGEST_ID:,}"
+                    raise ValueError(f"{path}:{number}: {what}")
 
     characters = np.frombuffer(raw, np.uint8)
     in_id = np.append(False, characters >= ord("0"))  # one place late, so that diff shows starts
@@ -127,9 +125,8 @@ def load_sequences(path) -> Sequences:
 
     n_items, distinct = int(items.max()), np.count_nonzero(np.bincount(items))
     if n_items > max(SPARSE_ID, 100 * distinct):
-        where = f"{path}:{line_of_id[items.argmax()] + 1}"
         what = f"item id {n_items:,}, but only {distinct:,} different ids: number them from 1"
-        raise ValueError(f"{where}: {what}")
+        raise ValueError(f"{path}:{line_of_id[items.argmax()] + 1}: {what}")
     kept = lengths >= MIN_LENGTH
     if not kept.any():
         raise ValueError(f"{path}: no user has {MIN_LENGTH} items or more")
@@ -150,17 +147,23 @@ def load_names(path) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
 
 
-def write_lines(path, lines) -> None:
-    """Write a text file so that at any moment it is the old one or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+def write_files(texts) -> None:
+    """Write {path: lines}, so that each file is at any moment the old or the new one, whole.
+
+    None is replaced before all are written, and they are replaced in the order given.
+    """
+    temporary = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") for path in texts}
     try:
-        with open(temporary, "x", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, lines in texts.items():
+            with open(temporary[path], "x", encoding="utf-8", errors="replace", newline="") as file:
+                file.writelines(f"{line}\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in texts:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------- the toy data
@@ -168,17 +171,9 @@ def write_lines(path, lines) -> None:
 TOY_USERS, TOY_ITEMS, TOY_SEED = 2000, 200, 0
 TOY_SHORTEST, TOY_LONGEST = 6, 14  # items of a user, all lengths alike
 TOY_STRIDE, TOY_DECAY = 20, 0.8  # a step goes j = 1..TOY_STRIDE places, P(j) ~ TOY_DECAY ** j
-
-
-def toy_ring() -> np.ndarray:
-    """The item at each place of the ring (TOY_ITEMS): a random order, so that ids tell nothing."""
-    return np.random.default_rng(TOY_SEED).permutation(TOY_ITEMS) + 1
-
-
-def toy_strides() -> np.ndarray:
-    """The probability of a step of 1, 2, ... places (TOY_STRIDE)."""
-    weights = TOY_DECAY ** np.arange(1, TOY_STRIDE + 1)
-    return weights / weights.sum()
+TOY_STRIDES = TOY_DECAY ** np.arange(1, TOY_STRIDE + 1)  # P(j), once it is divided by the sum
+TOY_STRIDES /= TOY_STRIDES.sum()
+TOY_RING = np.random.default_rng(TOY_SEED).permutation(TOY_ITEMS) + 1  # the item at each place
 
 
 def make_toy() -> list[np.ndarray]:
@@ -188,17 +183,17 @@ def make_toy() -> list[np.ndarray]:
     ring then knows the exact distribution of the next item, and nobody can know more.
     """
     rng = np.random.default_rng(TOY_SEED + 1)
-    steps = rng.choice(TOY_STRIDE, (TOY_USERS, TOY_LONGEST), p=toy_strides()) + 1
+    steps = rng.choice(TOY_STRIDE, (TOY_USERS, TOY_LONGEST), p=TOY_STRIDES) + 1
     steps[:, 0] = rng.integers(TOY_ITEMS, size=TOY_USERS)  # where the walk starts
     direction = rng.choice((-1, 1), (TOY_USERS, 1))
-    walks = toy_ring()[direction * steps.cumsum(axis=1) % TOY_ITEMS]
+    walks = TOY_RING[direction * steps.cumsum(axis=1) % TOY_ITEMS]
     lengths = rng.integers(TOY_SHORTEST, TOY_LONGEST + 1, TOY_USERS)
     return [walk[:length] for walk, length in zip(walks, lengths)]
 
 
 def toy_ceiling() -> dict[str, float]:
     """The best expected metrics on the toy data, fractions of 1: rank the items by probability."""
-    strides = np.sort(toy_strides())[::-1]
+    strides = np.sort(TOY_STRIDES)[::-1]
     gains = strides / np.log2(np.arange(2, TOY_STRIDE + 2))
     hit_rates = {f"HR@{k}": float(strides[:k].sum()) for k in (5, 10, 20)}
     return hit_rates | {f"NDCG@{k}": float(gains[:k].sum()) for k in (5, 10, 20)}
@@ -208,6 +203,7 @@ def toy_ceiling() -> dict[str, float]:
 
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"  # how such files begin
 FINITE = 1e300  # timestamps beyond it, infinity and NaN are refused
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, KeyError, RuntimeError)
 MAX_LINE = 1 << 24  # bytes in a line of a raw file
 MAX_UNPACKED = 1 << 34  # bytes in all of it; Steam, the largest, has about a quarter of that
 
@@ -240,8 +236,7 @@ def raw_lines(path, member=None, encoding="utf-8"):
                 if archive.getinfo(member).compress_type not in (0, zipfile.ZIP_DEFLATED):
                     raise zipfile.BadZipFile("neither stored nor deflated")
                 packed = stack.enter_context(archive.open(member))
-            stream = stack.enter_context(io.BufferedReader(packed, 1 << 20))
-            while line := stream.readline(MAX_LINE + 1):
+            while line := packed.readline(MAX_LINE + 1):
                 number, total = number + 1, total + len(line)
                 if len(line) > MAX_LINE or total > MAX_UNPACKED:
                     limits = f"{MAX_LINE:,} bytes in this line or {MAX_UNPACKED:,} in all"
@@ -251,25 +246,18 @@ def raw_lines(path, member=None, encoding="utf-8"):
                 yield number, line.decode(encoding)
     except UnicodeDecodeError:
         raise ValueError(f"{path}:{number}: not {encoding} text") from None
-    except (
-        EOFError,
-        zlib.error,
-        gzip.BadGzipFile,
-        zipfile.BadZipFile,
-        KeyError,
-        RuntimeError,
-    ) as e:
-        raise ValueError(f"{path}: damaged, or another archive than expected: {e}") from None
+    except DAMAGED as error:  # a KeyError: no such member; a RuntimeError: an encrypted one
+        raise ValueError(f"{path}: damaged, or another archive than expected: {error}") from None
 
 
 def parse_amazon(line):
-    """User, item and time of one of Amazon's reviews of 2014, a JSON object."""
+    """User, item and time of a review: a JSON object (Amazon, 2014)."""
     review = json.loads(line)
     return review["reviewerID"], review["asin"], float(review["unixReviewTime"])
 
 
 def parse_movielens(line):
-    """User, item and time of one of ML-1M's ratings, UserID::MovieID::Rating::Timestamp."""
+    """User, item and time of a rating: UserID::MovieID::Rating::Timestamp."""
     rating = re.fullmatch(r"([0-9]+)::([0-9]+)::[0-9]+::([0-9]+)\s*", line)
     return rating[1], rating[2], float(rating[3])
 
@@ -301,14 +289,11 @@ STEAM_REVIEW = re.compile(
 
 
 def parse_steam(line):
-    """User, item and time (the day) of a Steam review; nothing in it is ever run."""
+    """User, item and day of a Steam review; nothing in it is ever run."""
     review = STEAM_REVIEW.fullmatch(line)
     if review and all(review.groups()):
-        fields = review.groups()
-        if "\\" in "".join(fields):
-            fields = map(ast.literal_eval, fields)
-        else:
-            fields = (field.lstrip("u")[1:-1] for field in fields)
+        strings = review.groups()
+        fields = (ast.literal_eval(s) if "\\" in s else s.lstrip("u")[1:-1] for s in strings)
     else:
         review = ast.literal_eval(line)
         fields = (review[field] for field in STEAM_FIELDS)
@@ -317,21 +302,20 @@ def parse_steam(line):
 
 
 # What a header may call the columns, in lower case, "_", "-" and spaces left out.
-USER_COLUMNS = {"user", "userid", "uid", "username", "reviewerid", "customer", "customerid"}
-ITEM_COLUMNS = {"item", "itemid", "iid", "asin", "product", "productid", "movie", "movieid"}
-TIME_COLUMNS = {"timestamp", "time", "date", "datetime", "ts", "unixreviewtime"}
+COLUMN_NAMES = (
+    {"user", "userid", "uid", "username", "reviewerid", "customer", "customerid"},
+    {"item", "itemid", "iid", "asin", "product", "productid", "movie", "movieid"},
+    {"timestamp", "time", "date", "datetime", "ts", "unixreviewtime"},
+)
 
 
 def header_columns(row) -> list[int] | None:
     """Where a header has the user, the item and the timestamp; None if the row is no header."""
     names = [re.sub("[ _-]", "", cell.partition(":")[0].lower()) for cell in row]
-    known = USER_COLUMNS, ITEM_COLUMNS, TIME_COLUMNS
-    found = [[place for place, name in enumerate(names) if name in some] for some in known]
-    if not any(found):
-        return None
-    if [len(places) for places in found] != [1, 1, 1]:
+    columns = [[i for i, name in enumerate(names) if name in known] for known in COLUMN_NAMES]
+    if any(columns) and [len(places) for places in columns] != [1, 1, 1]:
         raise ValueError("a header needs one column each for the user, the item and the timestamp")
-    return [places[0] for places in found]
+    return [places[0] for places in columns] if any(columns) else None
 
 
 def parse_time(text) -> tuple[str, float]:
@@ -389,53 +373,35 @@ def read_log(path):
 @dataclass(frozen=True)
 class Dataset:
     url: str
-    what: str  # what a line of the raw file is
-    parse: Callable  # line -> (user, item, time)
-    member: str | None = None  # the file inside the zip
+    parse: Callable  # a line of the raw file -> (user, item, time)
+    member: str | None = None  # the raw file is a zip, and this is the one in it
     md5: str | None = None  # None: not known, gzip's own checksum has to do
     unique: bool = False  # keep only the first of repeated (user, item) pairs
 
 
 SNAP = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
-AMAZON_REVIEW = "a JSON object with reviewerID, asin and unixReviewTime"
+STEAM = "http://cseweb.ucsd.edu/~wckang"
+ML_1M = {"member": "ml-1m/ratings.dat", "md5": "c4d9eecfca2ab87c1945afe126590906"}
 DATASETS = {
-    "beauty": Dataset(f"{SNAP}/reviews_Beauty_5.json.gz", AMAZON_REVIEW, parse_amazon),
-    "toys": Dataset(f"{SNAP}/reviews_Toys_and_Games_5.json.gz", AMAZON_REVIEW, parse_amazon),
-    "ml-1m": Dataset(
-        f"{GROUPLENS}/ml-1m.zip",
-        "UserID::MovieID::Rating::Timestamp",
-        parse_movielens,
-        member="ml-1m/ratings.dat",
-        md5="c4d9eecfca2ab87c1945afe126590906",
-    ),
-    "steam": Dataset(
-        "http://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz",
-        "a Python literal with username, product_id and date",
-        parse_steam,
-        unique=True,
-    ),
+    "beauty": Dataset(f"{SNAP}/reviews_Beauty_5.json.gz", parse_amazon),
+    "toys": Dataset(f"{SNAP}/reviews_Toys_and_Games_5.json.gz", parse_amazon),
+    "ml-1m": Dataset(f"{GROUPLENS}/ml-1m.zip", parse_movielens, **ML_1M),
+    "steam": Dataset(f"{STEAM}/steam_reviews.json.gz", parse_steam, unique=True),
 }
+# What the parsers raise for a line that is none of theirs.
+FOREIGN = (ValueError, KeyError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError)
 
 
 def read_dataset(path, dataset):
     """Yield (user, item, time) of each line; ValueError with the first line that is not one."""
-    not_a_line = (
-        ValueError,
-        LookupError,
-        TypeError,
-        OverflowError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-    )
     for number, line in raw_lines(path, dataset.member):
         try:
             user, item, when = dataset.parse(line)
-        except not_a_line:
+        except FOREIGN:
             user = item = when = None
         if not (isinstance(user, str) and isinstance(item, str) and abs(when) < FINITE):
-            raise ValueError(f"{path}:{number}: not {dataset.what}")
+            raise ValueError(f"{path}:{number}: not a line of {dataset.url.rpartition('/')[2]}")
         yield user, item, when
 
 
@@ -456,19 +422,15 @@ def fetch(url, part, magic) -> None:
             request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"})
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-                    position = int(start[1]) if start else 0  # 0: the server starts over
+                    position = before if response.status == 206 else 0  # 0: it ignores ranges
                     end = None if response.length is None else position + response.length
+                    size = f"{end / 1e6:,.1f}" if end else "?"
                     while position != end and (piece := response.read1(1 << 16)):
-                        foreign = position == 0 and piece[: len(magic)] != magic[: len(piece)]
-                        if foreign or position > file.tell():
+                        if position == 0 and piece[: len(magic)] != magic[: len(piece)]:
                             raise ValueError(f"{url}: the server sent something else, {piece[:20]}")
-                        file.write(piece[file.tell() - position :])  # what is not there already
+                        file.write(piece[file.tell() - position :])  # none of what is there already
                         position += len(piece)
-                        live(
-                            f"{position / 1e6:,.1f}"
-                            + (f" of {end / 1e6:,.1f} MB" if end else " MB")
-                        )
+                        live(f"{position / 1e6:,.1f} of {size} MB")
                 if end is None or position == end:
                     return
                 reason = f"cut off at byte {position:,} of {end:,}"
@@ -494,12 +456,13 @@ def download(url, folder, md5=None) -> Path:
     path = folder / url.rpartition("/")[2]
     part, magic = path.with_name(path.name + ".part"), ZIP if path.suffix == ".zip" else GZIP
     folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        print(f"downloading {url}", file=sys.stderr)
     with open(folder / ".lock", "w") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path
-        print(f"downloading {url}", file=sys.stderr)
         fetch(url, part, magic)
         live("")
         try:
@@ -532,22 +495,25 @@ def k_core(users, items, k) -> np.ndarray:
         rows = rows[kept]
 
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 def write_dataset(data_dir, name, sequences, item_names, user_names) -> Path:
     """Write the three files, the sequences last: where they are, the names are too."""
     path = Path(data_dir) / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind, names in (("items", item_names), ("users", user_names)):
-        one_line = (re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", each) for each in names)
-        write_lines(path.with_name(f"{name}.{kind}.txt"), one_line)
-    write_lines(path, (" ".join(map(str, sequence.tolist())) for sequence in sequences))
+    names = {
+        path.with_name(f"{name}.{kind}.txt"): (UNPRINTABLE.sub(" ", each) for each in some)
+        for kind, some in (("items", item_names), ("users", user_names))
+    }
+    write_files(names | {path: (" ".join(map(str, each.tolist())) for each in sequences)})
+    line = "{:,} sequences, {:,} items, {:,} actions"
     counts = len(sequences), len(item_names), sum(map(len, sequences))
-    print("{}: {:,} sequences, {:,} items, {:,} actions".format(path, *counts))
+    print(f"{path}: {line.format(*counts)}")
     if name in TABLE_1:
-        off = [ours - theirs for ours, theirs in zip(counts, TABLE_1[name])]
-        print(
-            "{:,} sequences, {:,} items, {:,} actions in Table 1: ".format(*TABLE_1[name]), end=""
-        )
-        print("off by {:+,}, {:+,}, {:+,}".format(*off) if any(off) else "the same")
+        off = "off by {:+,}, {:+,}, {:+,}".format(*np.subtract(counts, TABLE_1[name]))
+        equal = "the same" if counts == TABLE_1[name] else off
+        print(f"Table 1: {line.format(*TABLE_1[name])}: {equal}")
     return path
 
 
@@ -556,7 +522,7 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
 
     The raw file is downloaded unless it is given. Users stand, and items are numbered, in the order
     in which the raw file first names them, those outside the `core` left out. Raises ValueError
-    or OSError, and then the files are as they were.
+    or OSError, and then the three files are as they were.
     """
     dataset = DATASETS.get(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.items)(?<!\.users)", name):
@@ -566,15 +532,15 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
     if name == "toy":
         if raw is not None or core is not None:
             raise ValueError("the toy data are made here: no --raw and no --core")
-        items = [f"place {place} of the ring" for place in np.argsort(toy_ring())]
+        items = [f"place {place} of the ring" for place in np.argsort(TOY_RING)]
         users = [f"walker {number}" for number in range(1, TOY_USERS + 1)]
         return write_dataset(data_dir, name, make_toy(), items, users)
-    if raw is None and dataset is None:
-        known = ", ".join(DATASETS)
-        raise ValueError(f"unknown dataset {name!r}: {known}, toy, or your own log with --raw FILE")
-    raw = (
-        Path(raw) if raw is not None else download(dataset.url, Path(data_dir) / "raw", dataset.md5)
-    )
+    if raw is None:
+        if dataset is None:
+            known = ", ".join((*DATASETS, "toy"))
+            raise ValueError(f"unknown dataset {name!r}: {known}, or your own log with --raw FILE")
+        raw = download(dataset.url, Path(data_dir) / "raw", dataset.md5)
+    raw = Path(raw)
 
     # Number users and items as they appear; 16 bytes an action is what lets Steam fit in memory.
     user_number, item_number = {}, {}
@@ -599,14 +565,14 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
         raise ValueError(f"{raw}: no user with {MIN_LENGTH} actions or more")
     kept_items, numbers = np.unique(items[rows], return_inverse=True)
     sequences = np.split(numbers + 1, np.cumsum(lengths)[:-1])
-    item_names, user_names = list(item_number), list(user_number)
-    item_names = [item_names[item] for item in kept_items]
+    user_names, item_names = (
+        np.array(list(number_of), object)[kept]
+        for number_of, kept in ((user_number, kept_users), (item_number, kept_items))
+    )
     if name == "ml-1m":
         titles = movielens_titles(raw)
         item_names = [titles.get(item, item) for item in item_names]
-    return write_dataset(
-        data_dir, name, sequences, item_names, [user_names[user] for user in kept_users]
-    )
+    return write_dataset(data_dir, name, sequences, item_names, user_names)
 
 
 def main(argv=None) -> int:

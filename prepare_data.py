@@ -13,7 +13,7 @@ stays in DATA_DIR/raw; one that was interrupted goes on where it stopped.
 
 Your own log is CSV, TSV or RecBole's .inter, gzip or not, in UTF-8. A header such as
 user,item,timestamp (or user_id, itemId, timestamp:float, ...) says which columns to take; without
-one they are the first three. Timestamps are numbers or ISO 8601, one kind in one file.
+one, there are just these three. Timestamps are numbers or ISO 8601, one kind in one file.
 
 examples:
   python prepare_data.py beauty ml-1m
@@ -75,9 +75,9 @@ TABLE_2 = {
 # ------------------------------------------------------------------------------- the data format
 
 MIN_LENGTH = 3  # leave-one-out (§5.1) needs an item each to train on, to validate and to test
-ITEM_ID = re.compile(rb"0*[1-9][0-9]{0,6}")  # 1 to 9,999,999
-LARGEST_ID = 9_999_999  # the embedding table has a row for every id up to the largest, so ids
-SPARSE_ID = 100_000  # above this one are refused when fewer than 1 in 100 of the rows is used
+ITEM_ID = re.compile(rb"0*[1-9][0-9]{0,6}")
+LARGEST_ID = 9_999_999  # the embedding table has a row for every id up to the largest in the file;
+SPARSE_ID = 100_000  # with a larger one than this, at least 1 row in 100 must be in use
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def load_sequences(path) -> Sequences:
     raw = Path(path).read_bytes().removeprefix(BOM_UTF8).replace(b"\r\n", b"\n")
     if not raw.strip():
         raise ValueError(f"{path}: the file holds no item ids")
-    items = np.zeros(1, np.int64)
+    items = np.zeros(1, np.int64)  # 0 is wrong, as some character is unless the next line says so
     if not raw.translate(None, delete=b"0123456789 \t\n"):
-        items = np.fromstring(raw, np.int64, sep=" ")  # past 2^63 it stops there, above LARGEST_ID
+        items = np.fromstring(raw, np.int64, sep=" ")  # numbers past 2^63 become 2^63 - 1
     if items.min() < 1 or items.max() > LARGEST_ID:
         for number, line in enumerate(raw.split(b"\n"), 1):  # slow, but only to say where
             for word in re.findall(rb"[^ \t]+", line):
@@ -117,7 +117,7 @@ def load_sequences(path) -> Sequences:
                     raise ValueError(f"{path}:{number}: {what}")
 
     characters = np.frombuffer(raw, np.uint8)
-    in_id = np.append(False, characters >= ord("0"))  # one place late, so that diff shows starts
+    in_id = np.append(False, characters >= ord("0"))  # in_id[i + 1]: character i is a digit
     starts = np.flatnonzero(in_id[1:] & ~in_id[:-1])
     newlines = np.flatnonzero(characters == ord("\n"))
     line_of_id = np.searchsorted(newlines, starts)  # from 0
@@ -205,7 +205,7 @@ GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"  # how such files begin
 FINITE = 1e300  # timestamps beyond it, infinity and NaN are refused
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, KeyError, RuntimeError)
 MAX_LINE = 1 << 24  # bytes in a line of a raw file
-MAX_UNPACKED = 1 << 34  # bytes in all of it; Steam, the largest, has about a quarter of that
+MAX_UNPACKED = 1 << 34  # bytes in all of it, unpacked
 
 
 def begins_with(path, magic) -> bool:
@@ -352,9 +352,9 @@ def read_log(path):
                 width, columns = len(row), header_columns(row)
                 if columns:
                     continue
-                columns = [0, 1, 2]
-            if len(row) != width or width < 3:
-                raise ValueError(f"{len(row)} columns instead of {max(width, 3)}")
+                width, columns = 3, [0, 1, 2]  # of four, the third might be a rating
+            if len(row) != width:
+                raise ValueError(f"{len(row)} columns instead of {width}")
             user, item, when = (row[column].strip() for column in columns)
             if not (user and item):
                 raise ValueError("the user or the item is missing")

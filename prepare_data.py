@@ -147,19 +147,19 @@ def load_names(path) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
 
 
-def write_files(texts) -> None:
-    """Write {path: lines}, so that each file is at any moment the old or the new one, whole.
+def write_files(contents) -> None:
+    """Write {path: lines of bytes}, so that each file is at any moment the old or the new one, whole.
 
     None is replaced before all are written, and they are replaced in the order given.
     """
-    temporary = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") for path in texts}
+    temporary = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") for path in contents}
     try:
-        for path, lines in texts.items():
-            with open(temporary[path], "x", encoding="utf-8", errors="replace", newline="") as file:
-                file.writelines(f"{line}\n" for line in lines)
+        for path, lines in contents.items():
+            with open(temporary[path], "xb") as file:
+                file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
-        for path in texts:
+        for path in contents:
             os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
@@ -502,11 +502,17 @@ def write_dataset(data_dir, name, sequences, item_names, user_names) -> Path:
     """Write the three files, the sequences last: where they are, the names are too."""
     path = Path(data_dir) / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = {
+    contents = {
         path.with_name(f"{name}.{kind}.txt"): (UNPRINTABLE.sub(" ", each) for each in some)
         for kind, some in (("items", item_names), ("users", user_names))
     }
-    write_files(names | {path: (" ".join(map(str, each.tolist())) for each in sequences)})
+    contents[path] = (" ".join(map(str, each.tolist())) for each in sequences)
+    write_files(
+        {
+            path: (f"{line}\n".encode(errors="replace") for line in lines)
+            for path, lines in contents.items()
+        }
+    )
     line = "{:,} sequences, {:,} items, {:,} actions"
     counts = len(sequences), len(item_names), sum(map(len, sequences))
     print(f"{path}: {line.format(*counts)}")

@@ -1,10 +1,10 @@
 """The data of DiffuRec (Li et al.): four public datasets, a toy one and your own log, as text.
 
 names:
-  beauty, toys   Amazon reviews of 2014, 5-core               (downloads about 45 MB each)
-  ml-1m          MovieLens 1M, 5-core                         (6 MB)
-  steam          Steam reviews, 5-core, repeated games once   (1.3 GB)
-  toy            walks around a ring of items, made here      (nothing)
+  beauty, toys   Amazon reviews of 2014, 5-core
+  ml-1m          MovieLens 1M, 5-core
+  steam          Steam reviews, 5-core, then each game once a user
+  toy            walks around a ring of items, made here without a download
   another name   your own log, with --raw FILE
 
 It writes DATA_DIR/NAME.txt, one user a line, that user's item ids (1, 2, 3, ...) oldest first, and

@@ -1,13 +1,13 @@
-"""DiffuRec: A Diffusion Model for Sequential Recommendation, in one file, in the order of the paper.
+"""DiffuRec: A Diffusion Model for Sequential Recommendation, in one file, in the paper's order.
 
-You give it sequences of items, one user a line, and it learns to tell the item that comes next: a
-Transformer reads the history, and a diffusion model turns noise into the embedding of that item.
-Equations (Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each of them to
-its lines here and lists what the paper leaves open. `python diffurec.py --help` shows the rest.
+You give it sequences of items, one user a line, and it learns which item comes next: a Transformer
+reads the history while a diffusion model turns noise into the embedding of the next item. Equations
+(Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each of them to its lines
+here, and tells what the paper leaves open and what that is worth. --help shows what it can do.
 
 Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids are
-1..n_items, 0 is padding. `history` is (B, L), padded on the left; `target` is (B,). Diffusion steps
-s run from 0 to t-1, as array indices do: x_s has been through s+1 noisings, x_0 through one (§4.3).
+1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run from
+0 to t-1, as indices do: x_s has had noise added s+1 times, so that x_0 is one step from e_{n+1}.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import re
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -30,72 +29,65 @@ import torch.nn.functional as F
 from torch import nn
 
 import prepare_data
-from prepare_data import DATASETS, METRICS, TABLE_2, load_sequences, write_files
+from prepare_data import DATASETS, METRICS, TABLE_2, Parser, live, load_sequences, write_files
 
-# The settings that come with a dataset; one default serves all of them for the rest.
 FORMAT = "DiffuRec checkpoint 1"
-DATASET_SETTINGS = {"ml-1m": {"max_len": 200}, "toy": {"epochs": 20}}
+DATASET_SETTINGS = {"ml-1m": {"max_len": 200}, "toy": {"epochs": 12, "eval_every": 4}}
 
 
-def setting(default, text, low=None, high=None, choices=None):
-    """One field of Config: its default, its line in --help, and the values that it may take."""
-    limits = {"help": text, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=limits)
+def setting(default, text, *limits):
+    """A field of Config, its line in --help, and its limits: lowest and highest, or the words."""
+    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a model and its training: the paper's (§5.3) where it gives them.
+    """The settings of a model and its training, the paper's (§5.3) where it gives them.
 
     Raises ValueError on a value outside its limits.
     """
 
     steps: int = setting(32, "diffusion steps t", 1, 1000)
     schedule: str = setting(
-        "truncated_linear", "of §5.5", choices=("truncated_linear", "linear", "cosine", "sqrt")
+        "truncated_linear", "§5.5", "truncated_linear", "linear", "cosine", "sqrt"
     )
-    delta: float = setting(0.001, "δ of Eq. 13: the mean of λ, and its", 0, 100)
-    delta_is: str = setting("variance", "(the authors' code: std)", choices=("variance", "std"))
-    approximator: str = setting("transformer", "f_θ of §5.5", choices=("transformer", "gru"))
-    rounding: str = setting(
-        "inner_product", "Eq. 20, or w R*: 21", choices=("inner_product", "r_star")
-    )
+    delta: float = setting(0.001, "δ of Eq. 13, the mean of λ", 0, 100)
+    delta_is: str = setting("variance", "δ is also λ's; authors' code: std", "variance", "std")
+    approximator: str = setting("transformer", "f_θ, §5.5", "transformer", "gru")
+    rounding: str = setting("inner_product", "Eq. 20, or 21", "inner_product", "r_star")
     hidden: int = setting(128, "embedding size d", 2, 8192)
     blocks: int = setting(4, "Transformer blocks", 1, 100)
     heads: int = setting(4, "attention heads", 1, 1024)
     dropout: float = setting(0.1, "dropout of each sublayer", 0, 0.99)
     embedding_dropout: float = setting(0.5, "dropout of the history's embeddings", 0, 0.99)
-    embedding_std: float = setting(0.1, "the embeddings' first standard deviation", 0, 100)
-    max_len: int = setting(50, "items of a history that are read", 1, 100_000)
+    embedding_std: float = setting(0.1, "standard deviation of the first embeddings", 0, 100)
+    max_len: int = setting(50, "items of a history that are read; ml-1m: 200", 1, 100_000)
     batch_size: int = setting(512, "sequences in a batch", 1, 1_000_000)
     lr: float = setting(0.001, "Adam's learning rate", 0, 1000)
     epochs: int = setting(100, "passes over the training data, at most", 1, 1_000_000)
-    eval_every: int = setting(5, "epochs between validations", 1, 1_000_000)
+    eval_every: int = setting(5, "epochs from one validation to the next", 1, 1_000_000)
     patience: int = setting(3, "validations without a better NDCG@10, then stop", 1, 1_000_000)
-    precision: str = setting("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", "matrix products", "auto", "float32", "bfloat16")
     seed: int = setting(1, "of all random numbers", 0, 2**63 - 1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, limits, flag = getattr(self, f.name), f.metadata, f.name.replace("_", "-")
-            if limits["choices"] and value not in limits["choices"]:
-                raise ValueError(f"--{flag} must be one of {', '.join(limits['choices'])}: {value}")
-            if limits["high"] is not None and not limits["low"] <= value <= limits["high"]:
-                raise ValueError(f"--{flag} must be {limits['low']} to {limits['high']}: {value}")
+            value, limits, words = getattr(self, f.name), f.metadata["limits"], f.type is str
+            if not (value in limits if words else limits[0] <= value <= limits[1]):
+                allowed = (", " if words else " to ").join(map(str, limits))
+                raise ValueError(f"--{f.name.replace('_', '-')} {value}: not one of {allowed}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"--hidden must be even and a multiple of --heads: {self.hidden}")
+            raise ValueError(f"--hidden {self.hidden}: not even, or not a multiple of --heads")
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Noise schedule (§4.3, Eq. 14; the others of §5.5)
+# ---- 1. Noise schedule (§4.3, Eq. 14; the others of §5.5) ---------------------------------------
 
 
 def beta_schedule(name, steps):
-    """β_s for s = 1..t: the variance of the noise that each diffusion step adds.
+    """β_s for s = 1..t, the variance of the noise that each step adds: float64 (steps,), in (0, 1).
 
-    Returns a float64 array (steps,), values in (0, 1), entry 0 the paper's β_1. `truncated_linear` is
-    Eq. 14 with a = 20/t, b = 0.01 (the paper gives neither) and τ = 1; `linear` is Ho et al.'s, scaled
-    to t steps as in improved-diffusion; `cosine` is Nichol and Dhariwal's; `sqrt` is Diffusion-LM's.
+    `truncated_linear` is Eq. 14 with a = 20/t and b = 0.01 (which the paper does not give) and τ = 1,
+    `linear` that of improved-diffusion, `cosine` Nichol and Dhariwal's, `sqrt` Diffusion-LM's.
     """
     s = np.arange(1, steps + 1)
     if name == "truncated_linear":
@@ -103,7 +95,7 @@ def beta_schedule(name, steps):
         betas = np.where(betas > 1, 0.1 * betas, betas)
     elif name == "linear":
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # given as ᾱ(u), the share of the signal's variance left at u = s/t; β_s = 1 - ᾱ_s / ᾱ_{s-1}
+    else:  # defined by ᾱ at u = s/t, hence β_s = 1 - ᾱ_s / ᾱ_{s-1}
         u = np.arange(steps + 1) / steps
         if name == "cosine":
             alphas_cumprod = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -113,12 +105,11 @@ def beta_schedule(name, steps):
     return np.minimum(betas, 0.999)  # a β of 1 or more would leave nothing to reverse
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Diffusion (§3, Eq. 1-6 and 15)
+# ---- 2. Diffusion (§3, Eq. 1-6 and 15) ----------------------------------------------------------
 
 
 class Diffusion(nn.Module):
-    """The forward process q and its posterior; coefficients from float64, kept as float32 buffers (t,)."""
+    """The process q and its posterior; coefficients from float64, kept as float32 buffers (t,)."""
 
     def __init__(self, schedule, steps):
         super().__init__()
@@ -141,8 +132,8 @@ class Diffusion(nn.Module):
     def q_sample(self, x_start, s, noise):
         """Eq. 2 and 15: x_s ~ q(x_s | x_start), given standard normal noise.
 
-        x_start and noise (B, d); s (B,) in 0..t-1. x_start is the target's embedding e_{n+1}: with s
-        from 0, the "one step" from e_{n+1} to x_0 and the s steps from there to x_s are one draw.
+        x_start and noise (B, d), s (B,) in 0..t-1. x_start is e_{n+1}: the "one step" from there to
+        x_0 (§4.3) and the s steps from x_0 to x_s are one draw with ᾱ_s.
         """
         scaled_noise = self.sqrt_one_minus_alphas_cumprod[s, None] * noise
         return self.sqrt_alphas_cumprod[s, None] * x_start + scaled_noise
@@ -150,8 +141,8 @@ class Diffusion(nn.Module):
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start); s (B,) in 0..t-1.
 
-        The paper prints √ᾱ_s before x_s in Eq. 5; the mean that Bayes' rule gives has √α_s, as here.
-        At s = 0 the mean is x_start and the variance 0, so the last step of a reversal adds no noise.
+        Eq. 5 prints √ᾱ_s before x_s; the mean that Bayes' rule gives has √α_s, as here. At s = 0
+        the mean is x_start and the variance 0: the last step of a reversal adds no noise.
         """
         x_s_part = self.posterior_mean_coef2[s, None] * x_s
         return self.posterior_mean_coef1[s, None] * x_start + x_s_part, self.posterior_variance[
@@ -159,12 +150,11 @@ class Diffusion(nn.Module):
         ]
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Approximator (§4.2, Eq. 12-13)
+# ---- 3. Approximator (§4.2, Eq. 12-13) ----------------------------------------------------------
 
 
 def step_embedding(s, dim):
-    """d of Eq. 13: the sinusoids of "Attention Is All You Need" (§3.5) at step s. (B,) -> (B, dim)."""
+    """d of Eq. 13: sinusoids as in "Attention Is All You Need", §3.5. s (B,) -> (B, dim)."""
     angles = s[:, None] / 10_000 ** (torch.arange(0, dim, 2, device=s.device) / dim)  # (B, dim/2)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
@@ -181,8 +171,8 @@ class Dropout(nn.Dropout):
 
 
 class TransformerBlock(nn.Module):
-    """Multi-head self-attention and a ReLU feed-forward network, each normalised before (pre-norm),
-    with dropout and a residual connection after (§4.2)."""
+    """Multi-head self-attention, then a ReLU feed-forward network (§4.2): each with LayerNorm before
+    it (pre-norm), dropout and a residual connection after it."""
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -199,7 +189,7 @@ class TransformerBlock(nn.Module):
             nn.init.xavier_normal_(weight)  # §5.3
 
     def forward(self, z, mask, queries):
-        """z (B, L, d), mask (B, L), true at items -> the last `queries` positions, (B, queries, d)."""
+        """z (B, L, d), mask (B, L), true at items -> (B, queries, d), the last positions alone."""
         qkv = self.query_key_value(self.attention_norm(z)).unflatten(-1, (3, self.heads, -1))
         # float32 on a CPU, where PyTorch's bfloat16 attention is the slower one
         q, k, v = qkv.permute(2, 0, 3, 1, 4).float()  # each (B, heads, L, d/heads)
@@ -242,18 +232,17 @@ class GRU(nn.Module):
     def forward(self, z, mask):
         """z (B, L, d), mask (B, L) -> x̂_0 (B, d)."""
         length = mask.sum(1)
-        # Items to the front, padding behind them, so that no padding comes before the state we read.
+        # Items to the front, padding behind them: none comes before the state that is read.
         index = torch.arange(z.shape[1], device=z.device) + (z.shape[1] - length)[:, None]
         z = z.gather(1, index.clamp(max=z.shape[1] - 1)[:, :, None].expand_as(z))
         return self.gru(z)[0][torch.arange(len(z), device=z.device), length - 1]
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. DiffuRec (§4): Algorithm 2's loss, Algorithm 1, and rounding
+# ---- 4. DiffuRec (§4): Algorithm 2's loss, Algorithm 1, and rounding ----------------------------
 
 
 class DiffuRec(nn.Module):
-    """Item embeddings, the diffusion of the target's embedding, and the Approximator that undoes it."""
+    """The item embeddings, the diffusion of a target's embedding, and its reversal."""
 
     def __init__(self, n_items, config):
         super().__init__()
@@ -266,14 +255,14 @@ class DiffuRec(nn.Module):
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
 
     def embed(self, history):
-        """The history's embeddings e_1..e_n before noise: dropout and LayerNorm. (B, L) -> (B, L, d)."""
+        """e_1..e_n of a history, after dropout and LayerNorm. (B, L) -> (B, L, d)."""
         return self.embedding_norm(self.embedding_dropout(self.item_embeddings(history)))
 
     def approximate(self, e, mask, x, s):
         """Eq. 13, then Eq. 12: x̂_0 = f_θ(z_1..z_n), z_i = e_i + λ_i ⊙ (x + d).
 
-        e (B, L, d), mask (B, L), x (B, d), s (B,) -> (B, d). λ ~ N(δ, δ), drawn for every element of z.
-        N(mean, variance) is the paper's notation throughout, so λ's standard deviation is √δ.
+        e (B, L, d), mask (B, L), x (B, d), s (B,) -> (B, d). λ ~ N(δ, δ), drawn for each element;
+        N(mean, variance) as everywhere in the paper, so its standard deviation is √δ.
         """
         delta = self.config.delta
         if delta > 0:
@@ -303,9 +292,9 @@ class DiffuRec(nn.Module):
         return F.cross_entropy(logits.float(), target - 1)  # Eq. 19
 
     def reverse(self, history):
-        """Algorithm 1 (Eq. 16-17): from noise x_t back to x_0, guided by the history. (B, L) -> (B, d).
+        """Algorithm 1, Eq. 16-17: from noise x_t to x_0, led by the history. (B, L) -> (B, d).
 
-        In eval mode λ and ε' alone are random, so two calls give two x_0.
+        In eval mode too x_t, λ and ε' are random: two calls give two x_0.
         """
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             e, mask = self.embed(history), history > 0
@@ -322,35 +311,39 @@ class DiffuRec(nn.Module):
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
-        # Eq. 21 subtracts a vector from a number; with its norms squared it is the negative distance
-        # -|x_0/|x_0| - e_i/|e_i||² = 2 cos - 2.
+        # Eq. 21 subtracts a vector from a number; with its norms squared it is 2 cos(x_0, e_i) - 2,
+        # the negative squared distance of x_0/|x_0| and e_i/|e_i|.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
     def recommend(self, history, k):
-        """The k best items after each history, by one reversal: (items (B, k), scores (B, k)).
+        """The k best items after each history, from one reversal: (items (B, k), scores (B, k)).
 
-        history (B, L), padded on the left, longer ones cut to their last max_len items. Puts the model
-        in eval mode. Raises ValueError on an id outside 1..n_items, a history without items, padding
-        behind an item, or k outside 1..n_items.
+        history (B, L); its last max_len items are read. Puts the model in eval mode. Raises
+        ValueError on an id above n_items, a history without items or padded elsewhere than on the
+        left, and k outside 1..n_items.
         """
-        if not 1 <= k <= self.n_items:
-            raise ValueError(f"k must be 1 to {self.n_items}: {k}")
-        if not (
-            history.dim() == 2 and (history[:, -1:] > 0).all() and history.max() <= self.n_items
+        real = history > 0
+        valid = real.dim() == 2 and real.numel() and real[:, -1].all()
+        if (
+            not valid
+            or (real[:, :-1] > real[:, 1:]).any()
+            or not 0 <= history.min() <= history.max() <= self.n_items
         ):
-            raise ValueError(
-                f"a history holds item ids from 1 to {self.n_items}, the last one last"
-            )
-        if history.min() < 0 or ((history[:, :-1] > 0) & (history[:, 1:] == 0)).any():
-            raise ValueError("a history is padded with 0, and on its left alone")
+            raise ValueError(f"a history is item ids from 1 to {self.n_items}, 0 only before them")
+        if not 1 <= k <= self.n_items:
+            raise ValueError(f"k {k}: not 1 to {self.n_items}")
         self.eval()
         scores, index = self.scores(self.reverse(history[:, -self.config.max_len :])).topk(k)
         return index + 1, scores
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Data (§5.1): leave-one-out; a user's last item is for testing, the one before for validation
+# ---- 5. Data (§5.1): leave-one-out, the last item for the test, the one before for validation ----
+
+
+def n_samples(sequences):
+    """How many (history, target) an epoch has: every item of a training part but its first."""
+    return len(sequences.items) - 3 * sequences.n_users
 
 
 def gather_batch(sequences, starts, targets, max_len):
@@ -398,8 +391,7 @@ def eval_batches(sequences, split, max_len, batch_size):
         yield gather_batch(sequences, starts[batch], targets[batch], max_len)
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Evaluation (§5.1): HR and NDCG at 5, 10 and 20 over all items
+# ---- 6. Evaluation (§5.1): HR and NDCG at 5, 10 and 20 over all items ---------------------------
 
 
 def ranks(scores, target):
@@ -441,81 +433,64 @@ def evaluate(model, sequences, split, batch_size=512):
 
 
 def popularity(sequences):
-    """The test metrics of ranking the items by their count in the training part, alike for all users."""
+    """The test metrics of ranking items by their count in the training parts, for all users alike."""
     held_out = np.concatenate([sequences.offsets[1:] - 1, sequences.offsets[1:] - 2])
     counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)[1:]
-    at_least = np.bincount(counts)[::-1].cumsum()[
-        ::-1
-    ]  # entry c: how many items occur c times or more
+    at_least = np.bincount(counts)[::-1].cumsum()[::-1]  # [c]: how many items occur c times or more
     target = sequences.items[sequences.offsets[1:] - 1]
     return metrics(torch.from_numpy(at_least[counts[target - 1]]))
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Training (Algorithm 2, §5.3)
-
-
-def live(text, end=False):
-    """A line that the next one overwrites on a terminal; elsewhere only its last state is printed."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{text}", end="\n" if end else "", flush=True)
-    elif end:
-        print(text, flush=True)
+# ---- 7. Training (Algorithm 2, §5.3) ------------------------------------------------------------
 
 
 def save_checkpoint(path, model, sequences, **state):
-    """Write model, data's fingerprint and state so that the file is whole, old or new, at any moment."""
+    """Write the model and more, so that the file is at any moment the old or the new one, whole."""
+    about = {"format": FORMAT, "fingerprint": sequences.fingerprint, "n_items": model.n_items}
+    about |= {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
     buffer = io.BytesIO()  # so that a full disk is an OSError of ours, not torch's RuntimeError
-    state |= {"config": dataclasses.asdict(model.config), "n_items": model.n_items}
-    state |= {"fingerprint": fingerprint(sequences), "model": model.state_dict()}
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save(about | state, buffer)
     write_files({path: [buffer.getbuffer()]})
 
 
 def load_checkpoint(path, sequences=None):
-    """What save_checkpoint wrote, its "model" a DiffuRec in eval mode; all on the CPU.
+    """What save_checkpoint wrote, its "model" a DiffuRec in eval mode, all on the CPU.
 
-    Runs no code that the file may hold. Raises OSError, or ValueError on a file that is not a whole
-    checkpoint of this program or, where sequences are given, was trained on others.
+    Runs no code that the file may hold. Raises OSError, or ValueError if the file is not a whole
+    checkpoint of this program or was trained on other data than `sequences`, where they are given.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # a member's checksum is wrong
-                raise EOFError
+            if file.testzip():  # the name of a member whose checksum is wrong
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = DiffuRec(checkpoint["n_items"], Config(**checkpoint["config"]))
+        model = DiffuRec(checkpoint["n_items"], Config(**checkpoint["config"])).eval()
         model.load_state_dict(checkpoint["model"])
-        trained_on = checkpoint["fingerprint"]
+        same = sequences is None or checkpoint["fingerprint"] == sequences.fingerprint
     except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError, zipfile.BadZipFile):
         raise ValueError(f"{path}: not a whole checkpoint of this program") from None
-    if sequences is not None and trained_on != fingerprint(sequences):
+    if not same:
         raise ValueError(f"{path}: trained on other data than these")
-    return checkpoint | {"model": model.eval()}
-
-
-def fingerprint(sequences):
-    """Tells one dataset from another: the CRC-32 of all sequences."""
-    return zlib.crc32(sequences.items, zlib.crc32(sequences.offsets))
+    return checkpoint | {"model": model}
 
 
 def best_validation(events):
-    """The validation with the highest NDCG@10 (the first of equals), and how many came after it."""
+    """The validation with the best NDCG@10 (the first of equals), and how many came after it."""
     validations = [e for e in events if e["event"] == "validation"]
     best = max(validations, key=lambda e: e["NDCG@10"], default=None)
     return best, len(validations) - 1 - validations.index(best) if best else 0
 
 
-def train_epoch(model, sequences, optimizer, epoch, start):
-    """One pass over all samples: Algorithm 2's loop. Returns the mean loss (Eq. 19).
+def train_epoch(model, sequences, optimizer, epoch):
+    """One pass over all samples, the loop of Algorithm 2. Returns the mean loss (Eq. 19).
 
     All randomness follows from (seed, epoch), so a resumed run goes on as if never interrupted.
     """
-    config, device = model.config, model.item_embeddings.weight.device
+    config, device, begin = model.config, model.item_embeddings.weight.device, time.perf_counter()
     rng = np.random.default_rng([config.seed, epoch])
     torch.manual_seed(int(rng.integers(2**63)))
     model.train()
-    total, seen, shown = torch.zeros((), device=device), 0, start
-    n_samples = len(sequences.items) - 3 * sequences.n_users
+    total, seen, shown = torch.zeros((), device=device), 0, begin
     for history, target in train_batches(sequences, config.max_len, config.batch_size, rng):
         optimizer.zero_grad(set_to_none=True)
         loss = model(history.to(device), target.to(device))
@@ -525,115 +500,95 @@ def train_epoch(model, sequences, optimizer, epoch, start):
         seen += len(target)
         if time.perf_counter() > shown + 1:  # seldom: reading the loss makes a GPU wait
             shown = time.perf_counter()
-            speed = seen / (shown - start)
-            left = (n_samples * (config.epochs - epoch + 1) - seen) / speed / 60
-            live(
-                f"epoch {epoch}  loss {total / seen:.4f}  {speed:,.0f} sequences/s  {left:.1f} min left"
-            )
+            speed = seen / (shown - begin)
+            left = (n_samples(sequences) * (config.epochs - epoch + 1) - seen) / speed / 60
+            speed = f"{speed:,.0f} sequences/s, {left:.1f} min left at most"
+            live(f"epoch {epoch}  loss {total / seen:.4f}  {speed}")
     return total.item() / seen
 
 
 def train(model, sequences, folder, events, optimizer_state=None):
     """Train until `epochs`, or until `patience` validations came after the best NDCG@10.
 
-    Keeps best.pt (the best validation NDCG@10), last.pt and log.jsonl, the events, in folder. Raises
-    FloatingPointError when the loss or a weight is not finite; last.pt is then the last good epoch's.
+    Keeps best.pt (the best validation's epoch), last.pt and log.jsonl, the events, in folder. Raises
+    FloatingPointError when the loss or a weight is not finite; both checkpoints are good ones then.
     """
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
-    n_samples = len(sequences.items) - 3 * sequences.n_users
     epoch = max((e["epoch"] for e in events if e["event"] == "epoch"), default=0)
     while epoch < config.epochs and best_validation(events)[1] < config.patience:
-        epoch, start = epoch + 1, time.perf_counter()
-        loss = train_epoch(model, sequences, optimizer, epoch, start)
+        epoch, begin = epoch + 1, time.perf_counter()
+        loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"epoch {epoch}: the loss ({loss}) or a weight is not finite")
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begin
         events.append({"event": "epoch", "epoch": epoch, "loss": loss, "seconds": seconds})
-        line = f"epoch {epoch}  loss {loss:.4f}  {n_samples / seconds:,.0f} sequences/s"
+        line = f"epoch {epoch}  loss {loss:.4f}  {n_samples(sequences) / seconds:,.0f} sequences/s"
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             live(f"{line}  validating")
-            start = time.perf_counter()
+            begin = time.perf_counter()
             result = evaluate(model, sequences, "validation", config.batch_size)
-            result |= {"epoch": epoch, "seconds": time.perf_counter() - start}
-            events.append({"event": "validation"} | result)
+            seconds = time.perf_counter() - begin
+            events.append({"event": "validation", "epoch": epoch, "seconds": seconds} | result)
             line += f"  validation HR@10 {result['HR@10']:.2%}, NDCG@10 {result['NDCG@10']:.2%}"
             if best_validation(events)[1] == 0:
                 save_checkpoint(folder / "best.pt", model, sequences, epoch=epoch)
                 line += " *"
         spent = sum(e.get("seconds", 0) for e in events) / 60
-        left = spent / epoch * (config.epochs - epoch)
-        live(f"{line}  {spent:.1f} min, {left:.1f} left at most", end=True)
+        live("")
+        print(
+            f"{line}  {spent:.1f} min, {spent / epoch * (config.epochs - epoch):.1f} left at most"
+        )
         write_log(folder, events)
         state = {"epoch": epoch, "optimizer": optimizer.state_dict()}
         save_checkpoint(folder / "last.pt", model, sequences, **state)
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. Command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # main prints one line, without the page of usage
+# ---- 8. Command line ----------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
     """The command line; a setting of Config that is not given is not in the result."""
-    names = ", ".join(("toy", *DATASETS))
-    parser = Parser(
-        description="DiffuRec: train, evaluate, recommend. Without arguments: toy data, a minute.",
-        epilog="A run's folder holds best.pt, last.pt (for --resume) and log.jsonl, its events.",
-    )
+    parser = Parser(description=__doc__.partition("\n")[0], epilog="Without arguments: toy data.")
     add = parser.add_argument
-    add("--data", help=f"{names} (default: toy), or a file in the data format")
+    add("--data", help=f"toy (default), {', '.join(DATASETS)}, or a file in the data format")
     add("--data-dir", type=Path, default="data", help="where prepared files lie (default: data)")
     add("--out", type=Path, help="the run's folder (default: runs/NAME, runs/NAME-2, ...)")
     add("--device", help="any of PyTorch's (default: cuda if there is one, else cpu)")
-    add = (
-        parser.add_argument_group("instead of a new run")
-        .add_mutually_exclusive_group()
-        .add_argument
-    )
-    add(
-        "--resume", action="store_true", help="go on with the newest run of the data, or with --out"
-    )
+    group = parser.add_argument_group("with a run that is there, the newest of the data or --out")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on with it")
     add("--evaluate", action="store_true", help="score its best epoch on both splits")
-    add("--recommend", type=int, metavar="USER", help="ten items for the user of that line")
+    add("--recommend", type=int, metavar="USER", help="ten items for the user in that line")
     add("--history", type=int, nargs="+", metavar="ID", help="ten items after these, oldest first")
-    add = parser.add_argument_group("settings").add_argument
+    group = parser.add_argument_group("settings; --seed takes several, for a run each")
     for f in dataclasses.fields(Config):
-        choices = f.metadata["choices"]
-        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-        more = {"nargs": "+", "help": f"{text}; several: a run each"} if f.name == "seed" else {}
-        keywords = {
-            "type": f.type,
-            "default": argparse.SUPPRESS,
-            "metavar": f.type.__name__.upper(),
-        }
-        text += f" (default: {f.default})"
-        add("--" + f.name.replace("_", "-"), **keywords | {"help": text} | more)
+        words = f": {', '.join(f.metadata['limits'])}" if f.type is str else ""
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=f.type,
+            nargs="+" if f.name == "seed" else None,
+            metavar=f.type.__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=f"{f.metadata['help']}{words} (default: {f.default})",
+        )
     args = parser.parse_args(argv)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         args.device = torch.empty(0, device=name).device
-    except (
-        RuntimeError,
-        AssertionError,
-    ):  # PyTorch's words for unknown, and for not in this machine
+    except (AssertionError, RuntimeError):  # unknown to PyTorch, or not in this machine
         raise ValueError(f"--device {name}: PyTorch cannot use it here") from None
     return args
 
 
 def find_run(name, out):
-    """The folder of --out, or of runs/NAME, runs/NAME-2, ... the one that was begun last."""
+    """The folder of --out, or of runs/NAME, runs/NAME-2, ... the one that was written to last."""
     if out is None:
-        folders = [
-            f for f in Path("runs").glob("*") if re.fullmatch(re.escape(name) + r"(-\d+)?", f.name)
-        ]
-        out = max(folders, key=lambda f: f.stat().st_ctime, default=Path("runs") / name)
+        same = re.compile(re.escape(name) + r"(-\d+)?")
+        folders = [folder for folder in Path("runs").glob("*") if same.fullmatch(folder.name)]
+        out = max(folders, key=lambda f: f.stat().st_mtime, default=Path("runs") / name)
     if not (out / "log.jsonl").exists():
         raise ValueError(f"{out}: no run is there")
     return out
@@ -653,28 +608,20 @@ def make_run(name, out):
 
 
 def write_log(folder, events):
-    """All events, one JSON object a line; the file is made anew each time, so it is always whole."""
+    """All events, one JSON object a line; written anew each time, so that the file is whole."""
     lines = [json.dumps(event).encode() + b"\n" for event in events]
     write_files({folder / "log.jsonl": lines})
 
 
-def print_table(title, rows):
-    """Rows of metrics, fractions of 1, in %; the row `ratio` as it is."""
-    print(f"\n{title:24}", *(f"{metric:>8}" for metric in METRICS))
-    for name, row in rows.items():
-        scale = 1 if name == "ratio" else 100
-        print(f"{name:24}", *(f"{scale * row[metric]:8.4f}" for metric in METRICS))
-
-
-def beside_paper(name, result):
-    """Rows for print_table: Table 2's metrics on that dataset, if it has it, and result over them."""
-    if name not in TABLE_2:
-        return {}
-    paper = {metric: value / 100 for metric, value in TABLE_2[name].items()}
-    return {
-        "Table 2": paper,
-        "ratio": {metric: result[metric] / paper[metric] for metric in METRICS},
-    }
+def print_table(title, rows, name=None):
+    """Rows of metrics, fractions of 1, in %; for one of Table 2's datasets the first row beside it."""
+    if name in TABLE_2:
+        paper, first = TABLE_2[name], next(iter(rows.values()))
+        rows = rows | {"Table 2": {m: paper[m] / 100 for m in METRICS}}
+        rows["ratio to Table 2, in %"] = {m: 100 * first[m] / paper[m] for m in METRICS}
+    print(f"\n{title:28}", *(f"{metric:>8}" for metric in METRICS))
+    for label, row in rows.items():
+        print(f"{label:28}", *(f"{100 * row[metric]:8.4f}" for metric in METRICS))
 
 
 def run_training(model, name, path, sequences, folder, events, optimizer_state=None):
@@ -683,19 +630,19 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
     Returns the test metrics, and prints them beside what there is to compare them with.
     """
     config, device = model.config, model.item_embeddings.weight.device
-    start = {"event": "start", "data": name, "path": str(path)}
-    events[:1] = [start | {"config": dataclasses.asdict(config)}]
+    settings = dataclasses.asdict(config)
+    events[:1] = [{"event": "start", "data": name, "path": str(path), "config": settings}]
     write_log(folder, events)
+    users, items, actions = sequences.n_users, sequences.n_items, len(sequences.items)
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"data     {path}: {sequences.n_users:,} users, {sequences.n_items:,} items, "
-        f"{len(sequences.items):,} actions\n"
-        f"model    {config.approximator}, {parameters:,} parameters, {config.schedule} schedule, "
-        f"{config.steps} steps, seed {config.seed}\n"
-        f"device   {device}, {torch.get_num_threads()} threads, matrix products in "
-        f"{'bfloat16' if model.bfloat16 else 'float32'}\n"
-        f"run      {folder}"
+    products = "bfloat16" if model.bfloat16 else "float32"
+    print(f"data     {path}: {users:,} users, {items:,} items, {actions:,} actions")
+    print(f"model    {config.approximator}, {parameters:,} parameters, seed {config.seed}")
+    print(f"device   {device}, {torch.get_num_threads()} threads, matrix products in {products}")
+    end = (
+        "is finished" if events[-1]["event"] == "test" else f"goes on with --resume --out {folder}"
     )
+    print(f"run      {folder}, which {end}")
     if events[-1]["event"] != "test":
         train(model, sequences, folder, events, optimizer_state)
         best = load_checkpoint(folder / "best.pt", sequences)
@@ -704,23 +651,21 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
             events.append({"event": "ceiling"} | prepare_data.toy_ceiling())
         begin = time.perf_counter()
         result = evaluate(best["model"].to(device), sequences, "test", config.batch_size)
-        result |= {"epoch": best["epoch"], "seconds": time.perf_counter() - begin}
-        events.append({"event": "test"} | result)
+        about = {"epoch": best["epoch"], "seconds": time.perf_counter() - begin}
+        events.append({"event": "test"} | about | result)
         write_log(folder, events)
-    else:
-        print("it is finished")
-    result = events[-1]
-    rows = {"DiffuRec": result} | beside_paper(name, result)
+    rows = {"DiffuRec": events[-1]}
     rows |= {e["event"]: e for e in events if e["event"] in ("popularity", "ceiling")}
-    print_table(f"test split, epoch {result['epoch']}, in %", rows)
+    print_table(f"test, epoch {events[-1]['epoch']}, in %", rows, name)
     print(f"\n{sum(e.get('seconds', 0) for e in events) / 60:.1f} min in all")
-    return result
+    return events[-1]
 
 
-def print_evaluation(model, sequences):
+def print_evaluation(model, sequences, name):
     """Metrics on both splits, and how long the reversal of one user's history takes (§5.7)."""
-    splits = ("validation", "test")
-    print_table("in %", {s: evaluate(model, sequences, s, model.config.batch_size) for s in splits})
+    for split in ("validation", "test"):
+        result = evaluate(model, sequences, split, model.config.batch_size)
+        print_table("in %", {split: result}, name if split == "test" else None)
     history = torch.from_numpy(sequences.items[: sequences.offsets[1]])[None]
     history, seconds = history.to(model.item_embeddings.weight.device), []
     for _ in range(10):
@@ -733,115 +678,100 @@ def print_evaluation(model, sequences):
 @torch.no_grad()
 def print_recommendations(model, sequences, history, names):
     """Ten items to follow `history`, a list of ids, and what 100 reversals of it reach (§5.8)."""
-    few, limit = min(20, model.n_items), model.config.max_len
     repeated = torch.tensor([history] * 100, device=model.item_embeddings.weight.device)
     torch.manual_seed(model.config.seed)
-    top, scores = model.recommend(repeated, few)
-
-    def show(item):
-        return f"{item:>8}  {names[item - 1] if item <= len(names) else ''}".rstrip()
-
-    print("history, its last items:", *map(show, history[-10:]), "next:", sep="\n")
-    for item, score in zip(top[0, :10].tolist(), scores[0].tolist()):
-        print(f"{show(item)}  ({score:.3f}{', in the history' if item in history else ''})")
-    users = np.random.default_rng(model.config.seed).integers(sequences.n_users, size=100)
-    ends = sequences.offsets[users + 1] - 1
-    others, _ = gather_batch(sequences, sequences.offsets[users], ends, limit)
-    near, far = (
-        F.pdist(model.reverse(h.to(top.device))).mean() for h in (repeated[:, -limit:], others)
-    )
-    print(
-        f"100 reversals: {len(top.unique())} different items in their top {few}; their x_0 lie "
-        f"{near:.3g} apart, those of 100 random users {far:.3g}"
-    )
+    top = model.recommend(repeated, min(20, model.n_items))[0]
+    print("history, its last items, and what may come next:")
+    for item, new in [(i, " ") for i in history[-10:]] + [(i, "+") for i in top[0, :10].tolist()]:
+        note = "(in the history)" if new == "+" and item in history else ""
+        print(f"{new}{item:>8}  {names[item - 1] if item <= len(names) else ''}  {note}".rstrip())
+    users = np.random.default_rng(model.config.seed).choice(sequences.n_users, 100)
+    starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - 1
+    others = gather_batch(sequences, starts, ends, model.config.max_len)[0].to(top.device)
+    near, far = (F.pdist(model.reverse(h)).mean() for h in (repeated, others))
+    print(f"100 reversals: {len(top.unique())} different items in their top {top.shape[1]};")
+    print(f"mean distance of their x_0 {near:.3g}, of those of 100 random users {far:.3g}")
 
 
-def history_of(sequences, line):
-    """All items of the user in that line of the data file, a list. Raises ValueError."""
-    user = np.searchsorted(sequences.lines, line)
-    if user == sequences.n_users or sequences.lines[user] != line:
-        raise ValueError(f"--recommend {line}: no user with three items or more is in that line")
-    return sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
-
-
-def run(args):
-    """What the command line asks for. Raises ValueError or OSError on bad input."""
-    using = args.evaluate or args.history or args.recommend is not None
-    name, folder, events, saved, checkpoint = Path(args.data or "toy").stem, None, [], {}, {}
-    if using or args.resume:
-        folder = find_run(name, args.out)
-        events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        saved = events[0] if events else {}  # none: killed before the first line was written
-    data = args.data or saved.get("path", name)
-    name, path = Path(data).stem, args.data_dir / f"{data}.txt"
+def load_data(data, data_dir):
+    """--data's path and sequences; a known dataset that is not in data_dir yet is prepared first."""
+    path = data_dir / f"{data}.txt"
     if not path.exists() and (data == "toy" or data in DATASETS):
         print(f"{path} is not there yet: preparing it")
-        prepare_data.prepare(data, args.data_dir)
+        prepare_data.prepare(data, data_dir)
     path = path if path.is_file() else Path(data)
     if not path.is_file():
         raise ValueError(f"--data {data}: neither a file nor one of toy, {', '.join(DATASETS)}")
     sequences = load_sequences(path)
     if sequences.skipped:
         print(f"{path}: {sequences.skipped:,} users with fewer than three items are skipped")
-    if len(sequences.items) == 3 * sequences.n_users:
+    if n_samples(sequences) == 0:
         raise ValueError(f"{path}: no user has four items or more, there is nothing to train on")
+    return path, sequences
 
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
-    seeds = given.pop("seed", [])
-    if len(seeds) > 1 and folder:
-        raise ValueError("--seed takes several seeds for new runs only")
+
+def run(args):
+    """Do what the command line asks for. Raises ValueError or OSError on bad input."""
+    using = args.evaluate or args.history or args.recommend is not None
+    name, folder, events, saved, checkpoint = Path(args.data or "toy").stem, None, [], {}, {}
+    if using or args.resume:
+        folder = find_run(name, args.out)
+        events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        saved = events[0] if events else {}  # none: killed before the first line was written
+    name = Path(args.data or saved.get("data", name)).stem
+    path, sequences = load_data(args.data or saved.get("path", name), args.data_dir)
     if using or args.resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder / ("best.pt" if using else "last.pt"), sequences)
         saved["config"] = dataclasses.asdict(checkpoint["model"].config)
-    settings = saved.get("config") or DATASET_SETTINGS.get(name, {})
-    free = ("rounding", "batch_size", "precision", "seed") if using else ("epochs", "patience")
-    for key, value in (given | {"seed": seed for seed in seeds}).items():
-        if "config" in saved and key not in free and value != settings[key]:
-            flag = f"--{key.replace('_', '-')} {value}"
-            raise ValueError(f"{flag}: {folder} was made with {settings[key]}")
+        events = [e for e in events if e.get("epoch", 0) <= checkpoint["epoch"]]
+
+    # The settings: the dataset's or the saved run's, then those of the command line
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    settings = saved.get("config", DATASET_SETTINGS.get(name, {}))
+    seeds = given.pop("seed", [settings.get("seed", Config.seed)])
     configs = [Config(**settings | given | {"seed": seed}) for seed in seeds]
+    free = ("rounding", "batch_size", "precision", "seed") if using else ("epochs", "patience")
+    for key, value in settings.items() if folder else ():
+        if any(getattr(config, key) != value and key not in free for config in configs):
+            raise ValueError(f"--{key.replace('_', '-')}: {folder} was made with {value}")
     results = []
-    for config in configs or [Config(**settings | given)]:
+    for config in configs:
         torch.manual_seed(config.seed)
         model = checkpoint.get("model") or DiffuRec(sequences.n_items, config)
         model.config = config
         model.to(args.device)
         if args.evaluate:
-            return print_evaluation(model, sequences)
+            return print_evaluation(model, sequences, name)
         if using:
-            history = args.history or history_of(sequences, args.recommend)
+            history = args.history or sequences.in_line(args.recommend).tolist()
+            if not 1 <= min(history) <= max(history) <= sequences.n_items:
+                raise ValueError(f"--history: item ids are 1 to {sequences.n_items}")
             names = path.with_suffix(".items.txt")
             names = prepare_data.load_names(names) if names.exists() else []
             return print_recommendations(model, sequences, history, names)
-        out = args.out / f"seed-{config.seed}" if args.out and len(seeds) > 1 else args.out
+        out = args.out / f"seed-{config.seed}" if args.out and len(configs) > 1 else args.out
         here = folder or make_run(name, out)
-        events = [e for e in events if e.get("epoch", 0) <= checkpoint.get("epoch", 0)]
-        optimizer_state = checkpoint.get("optimizer")
-        try:
-            results.append(
-                run_training(model, name, path, sequences, here, events, optimizer_state)
-            )
-        except KeyboardInterrupt:
-            command = f"python diffurec.py --resume --out {here}"
-            raise KeyboardInterrupt(f"stopped; go on with: {command}") from None
+        state = checkpoint.get("optimizer")
+        results.append(run_training(model, name, path, sequences, here, events[:], state))
     if len(results) > 1:
         columns = {metric: [result[metric] for result in results] for metric in METRICS}
         mean = {metric: np.mean(values) for metric, values in columns.items()}
-        spread = {metric: np.std(values, ddof=1) for metric, values in columns.items()}
-        rows = {"mean": mean, "standard deviation": spread} | beside_paper(name, mean)
-        print_table(f"test, {len(results)} seeds, in %", rows)
+        rows = {
+            "mean": mean,
+            "standard deviation": {m: np.std(columns[m], ddof=1) for m in METRICS},
+        }
+        print_table(f"test, {len(results)} seeds, in %", rows, name)
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 1 where numbers are not finite, 2 on bad input, 130
-    on Ctrl-C."""
+    """Returns the exit status: 1 where numbers are not finite, 2 on bad input, 130 on Ctrl-C."""
     try:
         run(parse_arguments(argv))
         return 0
-    except KeyboardInterrupt as stop:
-        status, message = 130, stop
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; what is saved is kept, --resume goes on from there"
     except FloatingPointError as error:
-        status, message = 1, f"error: {error}; the last good epoch is kept"
+        status, message = 1, f"error: {error}"
     except (OSError, ValueError) as error:
         status, message = 2, f"error: {error}"
     print(f"diffurec.py: {message}", file=sys.stderr)

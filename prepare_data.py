@@ -94,6 +94,18 @@ class Sequences:
     def n_users(self) -> int:
         return len(self.lines)
 
+    @property
+    def fingerprint(self) -> int:
+        """Tells these sequences from others: their CRC-32."""
+        return zlib.crc32(self.items, zlib.crc32(self.offsets))
+
+    def in_line(self, line) -> np.ndarray:
+        """The items of the user in that line of the file. ValueError if none is kept from there."""
+        user = np.searchsorted(self.lines, line)
+        if user == self.n_users or self.lines[user] != line:
+            raise ValueError(f"line {line}: no user with {MIN_LENGTH} items or more stands there")
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
 
 def load_sequences(path) -> Sequences:
     """Read a file in the data format.
@@ -581,17 +593,24 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
     return write_dataset(data_dir, name, sequences, item_names, user_names)
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, from main, not a page of usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help tells more)")
+
+
 def main(argv=None) -> int:
     what, _, more = __doc__.partition("\n\n")
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=what, epilog=more, formatter_class=form)
+    parser = Parser(description=what, epilog=more, formatter_class=form)
     parser.add_argument("names", nargs="+", metavar="NAME", help="which datasets, see below")
     parser.add_argument("--data-dir", default="data", help="where to write (default: data)")
     parser.add_argument("--raw", metavar="FILE", help="read this file instead of downloading one")
     help_core = "keep users and items with at least K actions (default: 5; your own log: all)"
     parser.add_argument("--core", metavar="K", type=int, help=help_core)
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if len(args.names) > 1 and args.raw is not None:
             raise ValueError("--raw is one file for one NAME")
         for name in args.names:

@@ -5,9 +5,9 @@ reads the history while a diffusion model turns noise into the embedding of the 
 (Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each of them to its lines
 here, and tells what the paper leaves open and what that is worth. --help shows what it can do.
 
-Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids are
-1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run from
-0 to t-1, as indices do: x_s has had noise added s+1 times, so that x_0 is one step from e_{n+1}.
+Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids
+are 1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run
+from 0 to t-1, as indices do: x_s has had noise added s+1 times, so x_0 is one step from e_{n+1}.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prepare_data
-from prepare_data import DATASETS, METRICS, TABLE_2, Parser, live, load_sequences, write_files
+from prepare_data import METRICS, live, load_sequences, write_files
 
 FORMAT = "DiffuRec checkpoint 1"
 DATASET_SETTINGS = {"ml-1m": {"max_len": 200}, "toy": {"epochs": 12, "eval_every": 4}}
@@ -81,13 +81,11 @@ class Config:
 
 
 # ---- 1. Noise schedule (§4.3, Eq. 14; the others of §5.5) ---------------------------------------
-
-
 def beta_schedule(name, steps):
     """β_s for s = 1..t, the variance of the noise that each step adds: float64 (steps,), in (0, 1).
 
-    `truncated_linear` is Eq. 14 with a = 20/t and b = 0.01 (which the paper does not give) and τ = 1,
-    `linear` that of improved-diffusion, `cosine` Nichol and Dhariwal's, `sqrt` Diffusion-LM's.
+    `truncated_linear` is Eq. 14 with τ = 1, and a = 20/t and b = 0.01, which the paper does not
+    give; `linear` is improved-diffusion's, `cosine` Nichol and Dhariwal's, `sqrt` Diffusion-LM's.
     """
     s = np.arange(1, steps + 1)
     if name == "truncated_linear":
@@ -106,8 +104,6 @@ def beta_schedule(name, steps):
 
 
 # ---- 2. Diffusion (§3, Eq. 1-6 and 15) ----------------------------------------------------------
-
-
 class Diffusion(nn.Module):
     """The process q and its posterior; coefficients from float64, kept as float32 buffers (t,)."""
 
@@ -116,17 +112,16 @@ class Diffusion(nn.Module):
         betas = beta_schedule(schedule, steps)
         alphas_cumprod = np.cumprod(1 - betas)  # Eq. 3
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-        posterior_scale = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        for name, values in {
-            "betas": betas,
-            "alphas_cumprod": alphas_cumprod,
-            "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
-            "posterior_mean_coef1": np.sqrt(alphas_cumprod_prev) * betas / (1 - alphas_cumprod),
-            "posterior_mean_coef2": np.sqrt(1 - betas) * posterior_scale,
-            "posterior_variance": betas * posterior_scale,
-        }.items():
-            # Not persistent: they follow from the settings, so checkpoints need not hold them.
+        left = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        for name, values in (
+            ("betas", betas),
+            ("alphas_cumprod", alphas_cumprod),
+            ("sqrt_alphas_cumprod", np.sqrt(alphas_cumprod)),
+            ("sqrt_one_minus_alphas_cumprod", np.sqrt(1 - alphas_cumprod)),
+            ("posterior_mean_coef1", np.sqrt(alphas_cumprod_prev) * betas / (1 - alphas_cumprod)),
+            ("posterior_mean_coef2", np.sqrt(1 - betas) * left),
+            ("posterior_variance", betas * left),
+        ):  # not kept in checkpoints: they follow from the settings
             self.register_buffer(name, torch.from_numpy(values).float(), persistent=False)
 
     def q_sample(self, x_start, s, noise):
@@ -135,8 +130,8 @@ class Diffusion(nn.Module):
         x_start and noise (B, d), s (B,) in 0..t-1. x_start is e_{n+1}: the "one step" from there to
         x_0 (§4.3) and the s steps from x_0 to x_s are one draw with ᾱ_s.
         """
-        scaled_noise = self.sqrt_one_minus_alphas_cumprod[s, None] * noise
-        return self.sqrt_alphas_cumprod[s, None] * x_start + scaled_noise
+        noise = self.sqrt_one_minus_alphas_cumprod[s, None] * noise
+        return self.sqrt_alphas_cumprod[s, None] * x_start + noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start); s (B,) in 0..t-1.
@@ -144,15 +139,12 @@ class Diffusion(nn.Module):
         Eq. 5 prints √ᾱ_s before x_s; the mean that Bayes' rule gives has √α_s, as here. At s = 0
         the mean is x_start and the variance 0: the last step of a reversal adds no noise.
         """
-        x_s_part = self.posterior_mean_coef2[s, None] * x_s
-        return self.posterior_mean_coef1[s, None] * x_start + x_s_part, self.posterior_variance[
-            s, None
-        ]
+        mean = self.posterior_mean_coef1[s, None] * x_start
+        mean = mean + self.posterior_mean_coef2[s, None] * x_s
+        return mean, self.posterior_variance[s, None]
 
 
 # ---- 3. Approximator (§4.2, Eq. 12-13) ----------------------------------------------------------
-
-
 def step_embedding(s, dim):
     """d of Eq. 13: sinusoids as in "Attention Is All You Need", §3.5. s (B,) -> (B, dim)."""
     angles = s[:, None] / 10_000 ** (torch.arange(0, dim, 2, device=s.device) / dim)  # (B, dim/2)
@@ -171,32 +163,26 @@ class Dropout(nn.Dropout):
 
 
 class TransformerBlock(nn.Module):
-    """Multi-head self-attention, then a ReLU feed-forward network (§4.2): each with LayerNorm before
+    """Multi-head self-attention and a ReLU feed-forward network (§4.2), each with LayerNorm before
     it (pre-norm), dropout and a residual connection after it."""
 
-    def __init__(self, hidden, heads, dropout):
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(hidden)
-        self.query_key_value = nn.Linear(hidden, 3 * hidden)
-        self.output = nn.Linear(hidden, hidden)
-        self.feed_forward_norm = nn.LayerNorm(hidden)
-        self.expand = nn.Linear(hidden, 4 * hidden)
-        self.contract = nn.Linear(4 * hidden, hidden)
-        self.dropout = Dropout(dropout)
-        linear = (self.output, self.expand, self.contract)
-        for weight in (*self.query_key_value.weight.chunk(3), *(layer.weight for layer in linear)):
-            nn.init.xavier_normal_(weight)  # §5.3
+        d, self.heads = config.hidden, config.heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.query_key_value, self.output = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.expand, self.contract = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.dropout = Dropout(config.dropout)
+        matrices = (*self.query_key_value.weight.chunk(3), self.output.weight)
+        for matrix in (*matrices, self.expand.weight, self.contract.weight):
+            nn.init.xavier_normal_(matrix)  # §5.3
 
     def forward(self, z, mask, queries):
-        """z (B, L, d), mask (B, L), true at items -> (B, queries, d), the last positions alone."""
+        """z (B, L, d), mask (B, 1, 1, L) -> (B, queries, d), the last `queries` positions alone."""
         qkv = self.query_key_value(self.attention_norm(z)).unflatten(-1, (3, self.heads, -1))
-        # float32 on a CPU, where PyTorch's bfloat16 attention is the slower one
         q, k, v = qkv.permute(2, 0, 3, 1, 4).float()  # each (B, heads, L, d/heads)
-        with torch.autocast("cpu", enabled=False):
-            attended = F.scaled_dot_product_attention(
-                q[:, :, -queries:], k, v, mask[:, None, None, :]
-            )
+        with torch.autocast("cpu", enabled=False):  # there PyTorch's bfloat16 kernel is slower
+            attended = F.scaled_dot_product_attention(q[:, :, -queries:], k, v, mask)
         z = z[:, -queries:] + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.contract(F.relu(self.expand(self.feed_forward_norm(z)))))
 
@@ -206,18 +192,16 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            TransformerBlock(config.hidden, config.heads, config.dropout)
-            for _ in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.hidden)
 
     def forward(self, z, mask):
         """z (B, L, d), mask (B, L) -> x̂_0 (B, d). Padded positions are attended to by none."""
+        mask = mask[:, None, None, :]
         for block in self.blocks[:-1]:
-            z = block(z, mask, z.shape[1])
+            z = block(z, mask, queries=z.shape[1])
         # h_n alone is read, so the last block computes no other position: the same result, sooner.
-        return self.norm(self.blocks[-1](z, mask, 1)[:, 0])
+        return self.norm(self.blocks[-1](z, mask, queries=1)[:, 0])
 
 
 class GRU(nn.Module):
@@ -239,8 +223,6 @@ class GRU(nn.Module):
 
 
 # ---- 4. DiffuRec (§4): Algorithm 2's loss, Algorithm 1, and rounding ----------------------------
-
-
 class DiffuRec(nn.Module):
     """The item embeddings, the diffusion of a target's embedding, and its reversal."""
 
@@ -273,7 +255,7 @@ class DiffuRec(nn.Module):
 
     @property
     def bfloat16(self):
-        """Whether matrix products round their inputs to bfloat16, and sum in float32 all the same."""
+        """Whether matrix products round their inputs to bfloat16; their sums stay float32."""
         device = self.item_embeddings.weight.device
         if self.config.precision != "auto":
             return self.config.precision == "bfloat16"
@@ -282,7 +264,7 @@ class DiffuRec(nn.Module):
         return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
 
     def forward(self, history, target):
-        """Algorithm 2, lines 10-14: the loss of one batch, a scalar. history (B, L), target (B,)."""
+        """Algorithm 2, lines 10-14: the loss of a batch, a scalar. history (B, L), target (B,)."""
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             x_start = self.item_embeddings(target)
             s = torch.randint(self.config.steps, target.shape, device=target.device)
@@ -319,38 +301,24 @@ class DiffuRec(nn.Module):
     def recommend(self, history, k):
         """The k best items after each history, from one reversal: (items (B, k), scores (B, k)).
 
-        history (B, L); its last max_len items are read. Puts the model in eval mode. Raises
-        ValueError on an id above n_items, a history without items or padded elsewhere than on the
-        left, and k outside 1..n_items.
+        history (B, L), of which the last max_len items are read. Puts the model in eval mode.
+        Raises ValueError on ids or k out of range, and on padding that is not on the left.
         """
-        real = history > 0
-        valid = real.dim() == 2 and real.numel() and real[:, -1].all()
-        if (
-            not valid
-            or (real[:, :-1] > real[:, 1:]).any()
-            or not 0 <= history.min() <= history.max() <= self.n_items
-        ):
-            raise ValueError(f"a history is item ids from 1 to {self.n_items}, 0 only before them")
-        if not 1 <= k <= self.n_items:
-            raise ValueError(f"k {k}: not 1 to {self.n_items}")
+        real = history > 0  # (B, L)
+        if not real[:, -1:].any(1).all() or (real[:, :-1] > real[:, 1:]).any():
+            raise ValueError("a history needs an item, and its padding on the left")
+        if not 0 <= history.min() <= history.max() <= self.n_items or not 1 <= k <= self.n_items:
+            raise ValueError(f"item ids and k are at most {self.n_items}, k at least 1")
         self.eval()
         scores, index = self.scores(self.reverse(history[:, -self.config.max_len :])).topk(k)
         return index + 1, scores
 
 
 # ---- 5. Data (§5.1): leave-one-out, the last item for the test, the one before for validation ----
-
-
-def n_samples(sequences):
-    """How many (history, target) an epoch has: every item of a training part but its first."""
-    return len(sequences.items) - 3 * sequences.n_users
-
-
 def gather_batch(sequences, starts, targets, max_len):
-    """The items at flat positions `targets`, and before each of them its history back to `starts`.
+    """The items at `targets`, and the history of each, back to `starts` or max_len items long.
 
-    starts, targets (B,) positions in sequences.items -> history (B, L), target (B,), int64 tensors;
-    L is the longest history's length, at most max_len. One gather; padding stays on the left.
+    starts, targets (B,), positions in sequences.items -> history (B, L), target (B,), both int64.
     """
     lengths = np.minimum(targets - starts, max_len)
     columns = np.arange(-lengths.max(), 0)
@@ -362,9 +330,8 @@ def gather_batch(sequences, starts, targets, max_len):
 def train_batches(sequences, max_len, batch_size, rng):
     """One epoch of (history, target): every prefix of every user's training part once.
 
-    The training part of i_1..i_n is i_1..i_{n-2}, so its targets are i_2..i_{n-2}. Batches hold
-    histories of like length, so that hardly a slot is padding; which ones, and in which order the
-    batches come, rng (a numpy Generator) decides anew each epoch.
+    The training part of i_1..i_n is i_1..i_{n-2}, so its targets are i_2..i_{n-2}. A batch holds
+    histories of like length, hence hardly any padding; which, and when, rng (numpy's) decides.
     """
     samples = np.diff(sequences.offsets) - 3  # of each user
     starts = np.repeat(sequences.offsets[:-1], samples)
@@ -392,13 +359,11 @@ def eval_batches(sequences, split, max_len, batch_size):
 
 
 # ---- 6. Evaluation (§5.1): HR and NDCG at 5, 10 and 20 over all items ---------------------------
-
-
 def ranks(scores, target):
-    """The rank of each target among all items, 1 the best: scores (B, n_items), target (B,) -> (B,).
+    """The rank of each target among all items, from 1: scores (B, n_items), target (B,) -> (B,).
 
-    Ties count against the model: where all scores are equal, every rank is the last. Raises
-    FloatingPointError on a score that is not finite, which has no rank.
+    Ties count against the model: all scores equal means the last rank. Raises FloatingPointError
+    on a score that is not finite, which has no rank.
     """
     if not scores.isfinite().all():
         raise FloatingPointError("a score is not finite")
@@ -406,8 +371,8 @@ def ranks(scores, target):
 
 
 def metrics(rank):
-    """rank (n_users,) -> means over users, fractions of 1: HR@K counts the ranks within K, NDCG@K
-    gives each of them 1 / log2(rank + 1)."""
+    """Means over users, fractions of 1: HR@K counts the ranks within K, NDCG@K gives each of them
+    1 / log2(rank + 1). rank (n_users,)."""
     result = {}
     for name in METRICS:
         hit = (rank <= int(name.split("@")[1])).double()
@@ -433,7 +398,7 @@ def evaluate(model, sequences, split, batch_size=512):
 
 
 def popularity(sequences):
-    """The test metrics of ranking items by their count in the training parts, for all users alike."""
+    """The test metrics of ranking items by their count in the training parts, alike for all users."""
     held_out = np.concatenate([sequences.offsets[1:] - 1, sequences.offsets[1:] - 2])
     counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)[1:]
     at_least = np.bincount(counts)[::-1].cumsum()[::-1]  # [c]: how many items occur c times or more
@@ -442,8 +407,6 @@ def popularity(sequences):
 
 
 # ---- 7. Training (Algorithm 2, §5.3) ------------------------------------------------------------
-
-
 def save_checkpoint(path, model, sequences, **state):
     """Write the model and more, so that the file is at any moment the old or the new one, whole."""
     about = {"format": FORMAT, "fingerprint": sequences.fingerprint, "n_items": model.n_items}
@@ -466,12 +429,11 @@ def load_checkpoint(path, sequences=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = DiffuRec(checkpoint["n_items"], Config(**checkpoint["config"])).eval()
         model.load_state_dict(checkpoint["model"])
-        same = sequences is None or checkpoint["fingerprint"] == sequences.fingerprint
+        if sequences and checkpoint["fingerprint"] != sequences.fingerprint:
+            raise ValueError(f"{path}: trained on other data than these")
+        return checkpoint | {"model": model}
     except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError, zipfile.BadZipFile):
         raise ValueError(f"{path}: not a whole checkpoint of this program") from None
-    if not same:
-        raise ValueError(f"{path}: trained on other data than these")
-    return checkpoint | {"model": model}
 
 
 def best_validation(events):
@@ -479,6 +441,14 @@ def best_validation(events):
     validations = [e for e in events if e["event"] == "validation"]
     best = max(validations, key=lambda e: e["NDCG@10"], default=None)
     return best, len(validations) - 1 - validations.index(best) if best else 0
+
+
+def scored(model, sequences, split, epoch):
+    """The event of an evaluation: its metrics and how long it took."""
+    begin = time.perf_counter()
+    result = evaluate(model, sequences, split, model.config.batch_size)
+    seconds = time.perf_counter() - begin
+    return {"event": split, "epoch": epoch, "seconds": seconds} | result
 
 
 def train_epoch(model, sequences, optimizer, epoch):
@@ -501,7 +471,7 @@ def train_epoch(model, sequences, optimizer, epoch):
         if time.perf_counter() > shown + 1:  # seldom: reading the loss makes a GPU wait
             shown = time.perf_counter()
             speed = seen / (shown - begin)
-            left = (n_samples(sequences) * (config.epochs - epoch + 1) - seen) / speed / 60
+            left = (sequences.n_samples * (config.epochs - epoch + 1) - seen) / speed / 60
             speed = f"{speed:,.0f} sequences/s, {left:.1f} min left at most"
             live(f"epoch {epoch}  loss {total / seen:.4f}  {speed}")
     return total.item() / seen
@@ -510,8 +480,8 @@ def train_epoch(model, sequences, optimizer, epoch):
 def train(model, sequences, folder, events, optimizer_state=None):
     """Train until `epochs`, or until `patience` validations came after the best NDCG@10.
 
-    Keeps best.pt (the best validation's epoch), last.pt and log.jsonl, the events, in folder. Raises
-    FloatingPointError when the loss or a weight is not finite; both checkpoints are good ones then.
+    Keeps best.pt (of the best validation), last.pt and log.jsonl (the events) in folder. Raises
+    FloatingPointError when the loss or a weight is not finite, before it would save them.
     """
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
@@ -525,35 +495,31 @@ def train(model, sequences, folder, events, optimizer_state=None):
             raise FloatingPointError(f"epoch {epoch}: the loss ({loss}) or a weight is not finite")
         seconds = time.perf_counter() - begin
         events.append({"event": "epoch", "epoch": epoch, "loss": loss, "seconds": seconds})
-        line = f"epoch {epoch}  loss {loss:.4f}  {n_samples(sequences) / seconds:,.0f} sequences/s"
+        line = f"epoch {epoch}  loss {loss:.4f}  {sequences.n_samples / seconds:,.0f} sequences/s"
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             live(f"{line}  validating")
-            begin = time.perf_counter()
-            result = evaluate(model, sequences, "validation", config.batch_size)
-            seconds = time.perf_counter() - begin
-            events.append({"event": "validation", "epoch": epoch, "seconds": seconds} | result)
+            events.append(scored(model, sequences, "validation", epoch))
+            result = events[-1]
             line += f"  validation HR@10 {result['HR@10']:.2%}, NDCG@10 {result['NDCG@10']:.2%}"
             if best_validation(events)[1] == 0:
                 save_checkpoint(folder / "best.pt", model, sequences, epoch=epoch)
                 line += " *"
         spent = sum(e.get("seconds", 0) for e in events) / 60
+        left = spent / epoch * (config.epochs - epoch)
         live("")
-        print(
-            f"{line}  {spent:.1f} min, {spent / epoch * (config.epochs - epoch):.1f} left at most"
-        )
+        print(f"{line}  {spent:.1f} min, {left:.1f} left at most", flush=True)
         write_log(folder, events)
         state = {"epoch": epoch, "optimizer": optimizer.state_dict()}
         save_checkpoint(folder / "last.pt", model, sequences, **state)
 
 
 # ---- 8. Command line ----------------------------------------------------------------------------
-
-
 def parse_arguments(argv):
     """The command line; a setting of Config that is not given is not in the result."""
-    parser = Parser(description=__doc__.partition("\n")[0], epilog="Without arguments: toy data.")
+    known = ", ".join(prepare_data.DATASETS)
+    parser = prepare_data.Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--data", help=f"toy (default), {', '.join(DATASETS)}, or a file in the data format")
+    add("--data", help=f"toy (the default), {known}, or a file in the data format")
     add("--data-dir", type=Path, default="data", help="where prepared files lie (default: data)")
     add("--out", type=Path, help="the run's folder (default: runs/NAME, runs/NAME-2, ...)")
     add("--device", help="any of PyTorch's (default: cuda if there is one, else cpu)")
@@ -583,20 +549,15 @@ def parse_arguments(argv):
     return args
 
 
-def find_run(name, out):
-    """The folder of --out, or of runs/NAME, runs/NAME-2, ... the one that was written to last."""
-    if out is None:
-        same = re.compile(re.escape(name) + r"(-\d+)?")
-        folders = [folder for folder in Path("runs").glob("*") if same.fullmatch(folder.name)]
-        out = max(folders, key=lambda f: f.stat().st_mtime, default=Path("runs") / name)
-    if not (out / "log.jsonl").exists():
-        raise ValueError(f"{out}: no run is there")
-    return out
-
-
-def make_run(name, out):
-    """A new folder for a run: --out, or the first of runs/NAME, runs/NAME-2, ... that is free."""
-    for number in itertools.count(1):
+def run_folder(name, out, new):
+    """--out or, of runs/NAME, runs/NAME-2, ..., the first that is free, made here, for a new run,
+    else the one written to last. Raises ValueError if --out holds a run, or no run is there."""
+    same = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = [folder for folder in Path("runs").glob("*") if same.fullmatch(folder.name)]
+    last = out or max(runs, key=lambda run: run.stat().st_mtime, default=Path("runs") / name)
+    if not new and (last / "log.jsonl").exists():
+        return last
+    for number in itertools.count(1) if new else ():
         folder = out or Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True, exist_ok=out is not None)
@@ -605,23 +566,13 @@ def make_run(name, out):
         except FileExistsError:
             if out:
                 raise ValueError(f"{out} holds a run: --resume it, or name another") from None
+    raise ValueError(f"{last}: no run is there")
 
 
 def write_log(folder, events):
     """All events, one JSON object a line; written anew each time, so that the file is whole."""
     lines = [json.dumps(event).encode() + b"\n" for event in events]
     write_files({folder / "log.jsonl": lines})
-
-
-def print_table(title, rows, name=None):
-    """Rows of metrics, fractions of 1, in %; for one of Table 2's datasets the first row beside it."""
-    if name in TABLE_2:
-        paper, first = TABLE_2[name], next(iter(rows.values()))
-        rows = rows | {"Table 2": {m: paper[m] / 100 for m in METRICS}}
-        rows["ratio to Table 2, in %"] = {m: 100 * first[m] / paper[m] for m in METRICS}
-    print(f"\n{title:28}", *(f"{metric:>8}" for metric in METRICS))
-    for label, row in rows.items():
-        print(f"{label:28}", *(f"{100 * row[metric]:8.4f}" for metric in METRICS))
 
 
 def run_training(model, name, path, sequences, folder, events, optimizer_state=None):
@@ -639,24 +590,18 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
     print(f"data     {path}: {users:,} users, {items:,} items, {actions:,} actions")
     print(f"model    {config.approximator}, {parameters:,} parameters, seed {config.seed}")
     print(f"device   {device}, {torch.get_num_threads()} threads, matrix products in {products}")
-    end = (
-        "is finished" if events[-1]["event"] == "test" else f"goes on with --resume --out {folder}"
-    )
-    print(f"run      {folder}, which {end}")
+    print(f"run      {folder}{', finished' * (events[-1]['event'] == 'test')}", flush=True)
     if events[-1]["event"] != "test":
         train(model, sequences, folder, events, optimizer_state)
         best = load_checkpoint(folder / "best.pt", sequences)
         events.append({"event": "popularity"} | popularity(sequences))
         if name == "toy":
             events.append({"event": "ceiling"} | prepare_data.toy_ceiling())
-        begin = time.perf_counter()
-        result = evaluate(best["model"].to(device), sequences, "test", config.batch_size)
-        about = {"epoch": best["epoch"], "seconds": time.perf_counter() - begin}
-        events.append({"event": "test"} | about | result)
+        events.append(scored(best["model"].to(device), sequences, "test", best["epoch"]))
         write_log(folder, events)
     rows = {"DiffuRec": events[-1]}
     rows |= {e["event"]: e for e in events if e["event"] in ("popularity", "ceiling")}
-    print_table(f"test, epoch {events[-1]['epoch']}, in %", rows, name)
+    prepare_data.print_table(f"test, epoch {events[-1]['epoch']}, in %", rows, name)
     print(f"\n{sum(e.get('seconds', 0) for e in events) / 60:.1f} min in all")
     return events[-1]
 
@@ -665,26 +610,29 @@ def print_evaluation(model, sequences, name):
     """Metrics on both splits, and how long the reversal of one user's history takes (§5.7)."""
     for split in ("validation", "test"):
         result = evaluate(model, sequences, split, model.config.batch_size)
-        print_table("in %", {split: result}, name if split == "test" else None)
+        prepare_data.print_table("in %", {split: result}, name if split == "test" else None)
     history = torch.from_numpy(sequences.items[: sequences.offsets[1]])[None]
-    history, seconds = history.to(model.item_embeddings.weight.device), []
+    history, begin = history.to(model.item_embeddings.weight.device), time.perf_counter()
     for _ in range(10):
-        begin = time.perf_counter()
         model.recommend(history, 1)[0].tolist()  # tolist waits for a GPU
-        seconds.append(time.perf_counter() - begin)
-    print(f"\none user's reversal: {1000 * np.median(seconds):.1f} ms, {model.config.steps} steps")
+    milliseconds = 1000 * (time.perf_counter() - begin) / 10
+    print(f"\none user's reversal: {milliseconds:.1f} ms, {model.config.steps} steps")
 
 
 @torch.no_grad()
 def print_recommendations(model, sequences, history, names):
     """Ten items to follow `history`, a list of ids, and what 100 reversals of it reach (§5.8)."""
+    if not 1 <= min(history) <= max(history) <= sequences.n_items:
+        raise ValueError(f"--history: item ids are 1 to {sequences.n_items}")
+    names = prepare_data.load_names(names) if names.exists() else []
     repeated = torch.tensor([history] * 100, device=model.item_embeddings.weight.device)
+    repeated = repeated[:, -model.config.max_len :]
     torch.manual_seed(model.config.seed)
     top = model.recommend(repeated, min(20, model.n_items))[0]
-    print("history, its last items, and what may come next:")
-    for item, new in [(i, " ") for i in history[-10:]] + [(i, "+") for i in top[0, :10].tolist()]:
-        note = "(in the history)" if new == "+" and item in history else ""
-        print(f"{new}{item:>8}  {names[item - 1] if item <= len(names) else ''}  {note}".rstrip())
+    best = top[0, :10].tolist()
+    for item, new in [*((item, " ") for item in history[-10:]), *((item, "+") for item in best)]:
+        note = "  (in the history)" if new == "+" and item in history else ""
+        print(f"{new}{item:>8}  {''.join(names[item - 1 : item])}{note}")
     users = np.random.default_rng(model.config.seed).choice(sequences.n_users, 100)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - 1
     others = gather_batch(sequences, starts, ends, model.config.max_len)[0].to(top.device)
@@ -693,46 +641,32 @@ def print_recommendations(model, sequences, history, names):
     print(f"mean distance of their x_0 {near:.3g}, of those of 100 random users {far:.3g}")
 
 
-def load_data(data, data_dir):
-    """--data's path and sequences; a known dataset that is not in data_dir yet is prepared first."""
-    path = data_dir / f"{data}.txt"
-    if not path.exists() and (data == "toy" or data in DATASETS):
-        print(f"{path} is not there yet: preparing it")
-        prepare_data.prepare(data, data_dir)
-    path = path if path.is_file() else Path(data)
-    if not path.is_file():
-        raise ValueError(f"--data {data}: neither a file nor one of toy, {', '.join(DATASETS)}")
-    sequences = load_sequences(path)
-    if sequences.skipped:
-        print(f"{path}: {sequences.skipped:,} users with fewer than three items are skipped")
-    if n_samples(sequences) == 0:
-        raise ValueError(f"{path}: no user has four items or more, there is nothing to train on")
-    return path, sequences
-
-
 def run(args):
     """Do what the command line asks for. Raises ValueError or OSError on bad input."""
     using = args.evaluate or args.history or args.recommend is not None
-    name, folder, events, saved, checkpoint = Path(args.data or "toy").stem, None, [], {}, {}
+    name, folder, events, start, checkpoint = Path(args.data or "toy").stem, None, [], {}, {}
     if using or args.resume:
-        folder = find_run(name, args.out)
+        folder = run_folder(name, args.out, new=False)
         events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        saved = events[0] if events else {}  # none: killed before the first line was written
-    name = Path(args.data or saved.get("data", name)).stem
-    path, sequences = load_data(args.data or saved.get("path", name), args.data_dir)
+        start = events[0] if events else {}  # none: killed before the first line was written
+    name = Path(args.data or start.get("data", name)).stem
+    path = prepare_data.find_data(args.data or start.get("path", name), args.data_dir)
+    sequences = load_sequences(path)
+    if sequences.n_samples == 0:
+        raise ValueError(f"{path}: no user has four items or more, there is nothing to train on")
     if using or args.resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder / ("best.pt" if using else "last.pt"), sequences)
-        saved["config"] = dataclasses.asdict(checkpoint["model"].config)
-        events = [e for e in events if e.get("epoch", 0) <= checkpoint["epoch"]]
+        start["config"] = dataclasses.asdict(checkpoint["model"].config)
 
-    # The settings: the dataset's or the saved run's, then those of the command line
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
-    settings = saved.get("config", DATASET_SETTINGS.get(name, {}))
+    settings = start.get("config", DATASET_SETTINGS.get(name, {}))
     seeds = given.pop("seed", [settings.get("seed", Config.seed)])
+    if folder and len(seeds) > 1:
+        raise ValueError("--seed: one seed for one run that is there")
     configs = [Config(**settings | given | {"seed": seed}) for seed in seeds]
     free = ("rounding", "batch_size", "precision", "seed") if using else ("epochs", "patience")
-    for key, value in settings.items() if folder else ():
-        if any(getattr(config, key) != value and key not in free for config in configs):
+    for key, value in start.get("config", {}).items():
+        if key not in free and any(getattr(config, key) != value for config in configs):
             raise ValueError(f"--{key.replace('_', '-')}: {folder} was made with {value}")
     results = []
     for config in configs:
@@ -744,23 +678,17 @@ def run(args):
             return print_evaluation(model, sequences, name)
         if using:
             history = args.history or sequences.in_line(args.recommend).tolist()
-            if not 1 <= min(history) <= max(history) <= sequences.n_items:
-                raise ValueError(f"--history: item ids are 1 to {sequences.n_items}")
-            names = path.with_suffix(".items.txt")
-            names = prepare_data.load_names(names) if names.exists() else []
-            return print_recommendations(model, sequences, history, names)
+            return print_recommendations(model, sequences, history, path.with_suffix(".items.txt"))
         out = args.out / f"seed-{config.seed}" if args.out and len(configs) > 1 else args.out
-        here = folder or make_run(name, out)
+        here = folder or run_folder(name, out, new=True)
+        events = [e for e in events if e.get("epoch", 0) <= checkpoint.get("epoch", 0)]
         state = checkpoint.get("optimizer")
         results.append(run_training(model, name, path, sequences, here, events[:], state))
     if len(results) > 1:
-        columns = {metric: [result[metric] for result in results] for metric in METRICS}
-        mean = {metric: np.mean(values) for metric, values in columns.items()}
-        rows = {
-            "mean": mean,
-            "standard deviation": {m: np.std(columns[m], ddof=1) for m in METRICS},
-        }
-        print_table(f"test, {len(results)} seeds, in %", rows, name)
+        values = np.array([[result[metric] for metric in METRICS] for result in results])
+        rows = {"mean": values.mean(0), "standard deviation": values.std(0, ddof=1)}
+        rows = {label: dict(zip(METRICS, row)) for label, row in rows.items()}
+        prepare_data.print_table(f"test, {len(results)} seeds, in %", rows, name)
 
 
 def main(argv=None):
@@ -770,10 +698,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         status, message = 130, "stopped; what is saved is kept, --resume goes on from there"
-    except FloatingPointError as error:
-        status, message = 1, f"error: {error}"
-    except (OSError, ValueError) as error:
-        status, message = 2, f"error: {error}"
+    except (FloatingPointError, OSError, ValueError) as error:
+        status, message = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"diffurec.py: {message}", file=sys.stderr)
     return status
 

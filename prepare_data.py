@@ -72,6 +72,18 @@ TABLE_2 = {
     "steam": dict(zip(METRICS, (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810))),
 }
 
+
+def print_table(title, rows, name=None) -> None:
+    """Rows of metrics, fractions of 1, shown in %; the first one beside Table 2 if `name` is there."""
+    if name in TABLE_2:
+        paper, first = TABLE_2[name], next(iter(rows.values()))
+        rows = rows | {"Table 2": {m: paper[m] / 100 for m in METRICS}}
+        rows["ratio to Table 2, in %"] = {m: 100 * first[m] / paper[m] for m in METRICS}
+    print(f"\n{title:28}", *(f"{metric:>8}" for metric in METRICS))
+    for label, row in rows.items():
+        print(f"{label:28}", *(f"{100 * row[metric]:8.4f}" for metric in METRICS))
+
+
 # ------------------------------------------------------------------------------- the data format
 
 MIN_LENGTH = 3  # leave-one-out (§5.1) needs an item each to train on, to validate and to test
@@ -93,6 +105,11 @@ class Sequences:
     @property
     def n_users(self) -> int:
         return len(self.lines)
+
+    @property
+    def n_samples(self) -> int:
+        """(history, target) pairs to train on: of each user's items all but one and the last two."""
+        return len(self.items) - 3 * self.n_users
 
     @property
     def fingerprint(self) -> int:
@@ -160,7 +177,7 @@ def load_names(path) -> list[str]:
 
 
 def write_files(contents) -> None:
-    """Write {path: lines of bytes}, so that each file is at any moment the old or the new one, whole.
+    """Write {path: lines of bytes}, each file at any moment the old or the new one, whole.
 
     None is replaced before all are written, and they are replaced in the order given.
     """
@@ -591,6 +608,18 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
         titles = movielens_titles(raw)
         item_names = [titles.get(item, item) for item in item_names]
     return write_dataset(data_dir, name, sequences, item_names, user_names)
+
+
+def find_data(data, data_dir) -> Path:
+    """The file of a dataset, made if it is a known one that is not there yet, or else of a path."""
+    path = Path(data_dir) / f"{data}.txt"
+    if not path.exists() and (data == "toy" or data in DATASETS):
+        print(f"{path} is not there yet: preparing it")
+        return prepare(data, data_dir)
+    path = path if path.is_file() else Path(data)
+    if not path.is_file():
+        raise ValueError(f"{data}: neither a file nor one of toy, {', '.join(DATASETS)}")
+    return path
 
 
 class Parser(argparse.ArgumentParser):

@@ -32,7 +32,7 @@ import prepare_data
 from prepare_data import METRICS, live, load_sequences, write_files
 
 FORMAT = "DiffuRec checkpoint 1"
-DATASET_SETTINGS = {"ml-1m": {"max_len": 200}, "toy": {"epochs": 12, "eval_every": 4}}
+DATASET_SETTINGS = {"beauty": {"epochs": 20}, "ml-1m": {"max_len": 200}, "toy": {"epochs": 12}}
 
 
 def setting(default, text, *limits):
@@ -398,7 +398,7 @@ def evaluate(model, sequences, split, batch_size=512):
 
 
 def popularity(sequences):
-    """The test metrics of ranking items by their count in the training parts, alike for all users."""
+    """The test metrics of ranking items by their count in the training parts, for all alike."""
     held_out = np.concatenate([sequences.offsets[1:] - 1, sequences.offsets[1:] - 2])
     counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)[1:]
     at_least = np.bincount(counts)[::-1].cumsum()[::-1]  # [c]: how many items occur c times or more

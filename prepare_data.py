@@ -74,7 +74,7 @@ TABLE_2 = {
 
 
 def print_table(title, rows, name=None) -> None:
-    """Rows of metrics, fractions of 1, shown in %, the first beside Table 2 if `name` is there."""
+    """Rows of metrics, fractions of 1, in %, the first beside Table 2 if `name` is there."""
     if name in TABLE_2:
         paper, first = TABLE_2[name], next(iter(rows.values()))
         rows = rows | {"Table 2": {m: paper[m] / 100 for m in METRICS}}
@@ -108,7 +108,7 @@ class Sequences:
 
     @property
     def n_samples(self) -> int:
-        """(history, target) pairs to train on: of each user's items all but the first and last two."""
+        """(history, target) pairs to train on: all items but each user's first and last two."""
         return len(self.items) - 3 * self.n_users
 
     @property

@@ -43,9 +43,7 @@ def setting(default, text, *limits):
 @dataclasses.dataclass
 class Config:
     """The settings of a model and its training, the paper's (§5.3) where it gives them.
-
-    Raises ValueError on a value outside its limits.
-    """
+    Raises ValueError on a value outside its limits."""
 
     steps: int = setting(32, "diffusion steps t", 1, 1000)
     schedule: str = setting(
@@ -83,7 +81,6 @@ class Config:
 # ---- 1. Noise schedule (§4.3, Eq. 14; the others of §5.5) ---------------------------------------
 def beta_schedule(name, steps):
     """β_s for s = 1..t, the variance of the noise that each step adds: float64 (steps,), in (0, 1).
-
     `truncated_linear` is Eq. 14 with τ = 1, and a = 20/t and b = 0.01, which the paper does not
     give; `linear` is improved-diffusion's, `cosine` Nichol and Dhariwal's, `sqrt` Diffusion-LM's.
     """
@@ -95,10 +92,8 @@ def beta_schedule(name, steps):
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # defined by ᾱ at u = s/t, hence β_s = 1 - ᾱ_s / ᾱ_{s-1}
         u = np.arange(steps + 1) / steps
-        if name == "cosine":
-            alphas_cumprod = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-        else:
-            alphas_cumprod = 1 - np.sqrt(u + 0.0001)
+        cosine, sqrt = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2, 1 - np.sqrt(u + 0.0001)
+        alphas_cumprod = cosine if name == "cosine" else sqrt
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     return np.minimum(betas, 0.999)  # a β of 1 or more would leave nothing to reverse
 
@@ -126,22 +121,17 @@ class Diffusion(nn.Module):
 
     def q_sample(self, x_start, s, noise):
         """Eq. 2 and 15: x_s ~ q(x_s | x_start), given standard normal noise.
-
         x_start and noise (B, d), s (B,) in 0..t-1. x_start is e_{n+1}: the "one step" from there to
-        x_0 (§4.3) and the s steps from x_0 to x_s are one draw with ᾱ_s.
-        """
+        x_0 (§4.3) and the s steps from x_0 to x_s are one draw with ᾱ_s."""
         noise = self.sqrt_one_minus_alphas_cumprod[s, None] * noise
         return self.sqrt_alphas_cumprod[s, None] * x_start + noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start); s (B,) in 0..t-1.
-
         Eq. 5 prints √ᾱ_s before x_s; the mean that Bayes' rule gives has √α_s, as here. At s = 0
-        the mean is x_start and the variance 0: the last step of a reversal adds no noise.
-        """
-        mean = self.posterior_mean_coef1[s, None] * x_start
-        mean = mean + self.posterior_mean_coef2[s, None] * x_s
-        return mean, self.posterior_variance[s, None]
+        the mean is x_start and the variance 0: the last step of a reversal adds no noise."""
+        coef1, coef2 = self.posterior_mean_coef1[s, None], self.posterior_mean_coef2[s, None]
+        return coef1 * x_start + coef2 * x_s, self.posterior_variance[s, None]
 
 
 # ---- 3. Approximator (§4.2, Eq. 12-13) ----------------------------------------------------------
@@ -242,10 +232,8 @@ class DiffuRec(nn.Module):
 
     def approximate(self, e, mask, x, s):
         """Eq. 13, then Eq. 12: x̂_0 = f_θ(z_1..z_n), z_i = e_i + λ_i ⊙ (x + d).
-
         e (B, L, d), mask (B, L), x (B, d), s (B,) -> (B, d). λ ~ N(δ, δ), drawn for each element;
-        N(mean, variance) as everywhere in the paper, so its standard deviation is √δ.
-        """
+        N(mean, variance) as everywhere in the paper, so its standard deviation is √δ."""
         delta = self.config.delta
         if delta > 0:
             std = math.sqrt(delta) if self.config.delta_is == "variance" else delta
@@ -275,9 +263,7 @@ class DiffuRec(nn.Module):
 
     def reverse(self, history):
         """Algorithm 1, Eq. 16-17: from noise x_t to x_0, led by the history. (B, L) -> (B, d).
-
-        In eval mode too x_t, λ and ε' are random: two calls give two x_0.
-        """
+        In eval mode too x_t, λ and ε' are random: two calls give two x_0."""
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             e, mask = self.embed(history), history > 0
             x = torch.randn(len(history), self.config.hidden, device=history.device)
@@ -300,10 +286,8 @@ class DiffuRec(nn.Module):
     @torch.no_grad()
     def recommend(self, history, k):
         """The k best items after each history, from one reversal: (items (B, k), scores (B, k)).
-
         history (B, L), of which the last max_len items are read. Puts the model in eval mode.
-        Raises ValueError on ids or k out of range, and on padding that is not on the left.
-        """
+        Raises ValueError on ids or k out of range, and on padding that is not on the left."""
         real = history > 0  # (B, L)
         if not real[:, -1:].any(1).all() or (real[:, :-1] > real[:, 1:]).any():
             raise ValueError("a history needs an item, and its padding on the left")
@@ -317,7 +301,6 @@ class DiffuRec(nn.Module):
 # ---- 5. Data (§5.1): leave-one-out, the last item for the test, the one before for validation ----
 def gather_batch(sequences, starts, targets, max_len):
     """The items at `targets`, and the history of each, back to `starts` or max_len items long.
-
     starts, targets (B,), positions in sequences.items -> history (B, L), target (B,), both int64.
     """
     lengths = np.minimum(targets - starts, max_len)
@@ -329,10 +312,8 @@ def gather_batch(sequences, starts, targets, max_len):
 
 def train_batches(sequences, max_len, batch_size, rng):
     """One epoch of (history, target): every prefix of every user's training part once.
-
     The training part of i_1..i_n is i_1..i_{n-2}, so its targets are i_2..i_{n-2}. A batch holds
-    histories of like length, hence hardly any padding; which, and when, rng (numpy's) decides.
-    """
+    histories of like length, hence hardly any padding; which, and when, rng (numpy's) decides."""
     samples = np.diff(sequences.offsets) - 3  # of each user
     starts = np.repeat(sequences.offsets[:-1], samples)
     first = np.repeat(np.cumsum(samples) - samples, samples)  # each user's first sample
@@ -347,9 +328,7 @@ def train_batches(sequences, max_len, batch_size, rng):
 
 def eval_batches(sequences, split, max_len, batch_size):
     """Every user once, as (history, target), shortest histories first.
-
-    split "validation": i_{n-1} after i_1..i_{n-2}; "test": i_n after i_1..i_{n-1}.
-    """
+    split "validation": i_{n-1} after i_1..i_{n-2}; "test": i_n after i_1..i_{n-1}."""
     starts = sequences.offsets[:-1]
     targets = sequences.offsets[1:] - {"validation": 2, "test": 1}[split]
     order = np.argsort(targets - starts, kind="stable")
@@ -361,10 +340,8 @@ def eval_batches(sequences, split, max_len, batch_size):
 # ---- 6. Evaluation (§5.1): HR and NDCG at 5, 10 and 20 over all items ---------------------------
 def ranks(scores, target):
     """The rank of each target among all items, from 1: scores (B, n_items), target (B,) -> (B,).
-
     Ties count against the model: all scores equal means the last rank. Raises FloatingPointError
-    on a score that is not finite, which has no rank.
-    """
+    on a score that is not finite, which has no rank."""
     if not scores.isfinite().all():
         raise FloatingPointError("a score is not finite")
     return (scores >= scores.gather(1, target[:, None] - 1)).sum(1)
@@ -384,9 +361,7 @@ def metrics(rank):
 @torch.no_grad()
 def evaluate(model, sequences, split, batch_size=512):
     """Metrics of one reversal for each user; split "validation" or "test".
-
-    Seeded: the same model and seed give the same numbers. Leaves the model in eval mode.
-    """
+    Seeded: the same model and seed give the same numbers. Leaves the model in eval mode."""
     model.eval()
     device, rank = model.item_embeddings.weight.device, []
     with torch.random.fork_rng(devices=[]):
@@ -418,7 +393,6 @@ def save_checkpoint(path, model, sequences, **state):
 
 def load_checkpoint(path, sequences=None):
     """What save_checkpoint wrote, its "model" a DiffuRec in eval mode, all on the CPU.
-
     Runs no code that the file may hold. Raises OSError, or ValueError if the file is not a whole
     checkpoint of this program or was trained on other data than `sequences`, where they are given.
     """
@@ -453,9 +427,7 @@ def scored(model, sequences, split, epoch):
 
 def train_epoch(model, sequences, optimizer, epoch):
     """One pass over all samples, the loop of Algorithm 2. Returns the mean loss (Eq. 19).
-
-    All randomness follows from (seed, epoch), so a resumed run goes on as if never interrupted.
-    """
+    All randomness follows from (seed, epoch), so a resumed run goes on as if never interrupted."""
     config, device, begin = model.config, model.item_embeddings.weight.device, time.perf_counter()
     rng = np.random.default_rng([config.seed, epoch])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -470,19 +442,16 @@ def train_epoch(model, sequences, optimizer, epoch):
         seen += len(target)
         if time.perf_counter() > shown + 1:  # seldom: reading the loss makes a GPU wait
             shown = time.perf_counter()
-            speed = seen / (shown - begin)
-            left = (sequences.n_samples * (config.epochs - epoch + 1) - seen) / speed / 60
-            speed = f"{speed:,.0f} sequences/s, {left:.1f} min left at most"
-            live(f"epoch {epoch}  loss {total / seen:.4f}  {speed}")
+            speed, left = seen / (shown - begin), sequences.n_samples * (config.epochs - epoch + 1)
+            left = f"{(left - seen) / speed / 60:.1f} min left at most"
+            live(f"epoch {epoch}  loss {total / seen:.4f}  {speed:,.0f} sequences/s  {left}")
     return total.item() / seen
 
 
 def train(model, sequences, folder, events, optimizer_state=None):
     """Train until `epochs`, or until `patience` validations came after the best NDCG@10.
-
     Keeps best.pt (of the best validation), last.pt and log.jsonl (the events) in folder. Raises
-    FloatingPointError when the loss or a weight is not finite, before it would save them.
-    """
+    FloatingPointError when the loss or a weight is not finite, before it would save them."""
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if optimizer_state:
@@ -577,9 +546,7 @@ def write_log(folder, events):
 
 def run_training(model, name, path, sequences, folder, events, optimizer_state=None):
     """Train one seed, from the start or on from `events`; then score the test split, once.
-
-    Returns the test metrics, and prints them beside what there is to compare them with.
-    """
+    Returns the test metrics, and prints them beside what there is to compare them with."""
     config, device = model.config, model.item_embeddings.weight.device
     settings = dataclasses.asdict(config)
     events[:1] = [{"event": "start", "data": name, "path": str(path), "config": settings}]

@@ -49,10 +49,12 @@ class Config:
     schedule: str = setting(
         "truncated_linear", "§5.5", "truncated_linear", "linear", "cosine", "sqrt"
     )
-    delta: float = setting(0.001, "δ of Eq. 13, the mean of λ", 0, 100)
-    delta_is: str = setting("variance", "δ is also λ's; authors' code: std", "variance", "std")
-    approximator: str = setting("transformer", "f_θ, §5.5", "transformer", "gru")
-    rounding: str = setting("inner_product", "Eq. 20, or 21", "inner_product", "r_star")
+    delta: float = setting(0.001, "δ of Eq. 13; 0: no noise at all", 0, 100)
+    delta_is: str = setting(
+        "variance", "what λ's second δ is (the authors' code: std)", "variance", "std"
+    )
+    approximator: str = setting("transformer", "f_θ, §4.2 and 5.5", "transformer", "gru")
+    rounding: str = setting("inner_product", "of items, Eq. 20 or 21", "inner_product", "r_star")
     hidden: int = setting(128, "embedding size d", 2, 8192)
     blocks: int = setting(4, "Transformer blocks", 1, 100)
     heads: int = setting(4, "attention heads", 1, 1024)
@@ -62,10 +64,10 @@ class Config:
     max_len: int = setting(50, "items of a history that are read; ml-1m: 200", 1, 100_000)
     batch_size: int = setting(512, "sequences in a batch", 1, 1_000_000)
     lr: float = setting(0.001, "Adam's learning rate", 0, 1000)
-    epochs: int = setting(100, "passes over the training data, at most", 1, 1_000_000)
+    epochs: int = setting(100, "passes over the data, at most; beauty: 20, toy: 12", 1, 1_000_000)
     eval_every: int = setting(5, "epochs from one validation to the next", 1, 1_000_000)
     patience: int = setting(3, "validations without a better NDCG@10, then stop", 1, 1_000_000)
-    precision: str = setting("auto", "matrix products", "auto", "float32", "bfloat16")
+    precision: str = setting("auto", "of matrix products", "auto", "float32", "bfloat16")
     seed: int = setting(1, "of all random numbers", 0, 2**63 - 1)
 
     def __post_init__(self):
@@ -486,7 +488,7 @@ def train(model, sequences, folder, events, optimizer_state=None):
 def parse_arguments(argv):
     """The command line; a setting of Config that is not given is not in the result."""
     known = ", ".join(prepare_data.DATASETS)
-    parser = prepare_data.Parser(description=__doc__.partition("\n")[0])
+    parser = prepare_data.Parser(usage="%(prog)s [OPTION ...]", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", help=f"toy (the default), {known}, or a file in the data format")
     add("--data-dir", type=Path, default="data", help="where prepared files lie (default: data)")
@@ -505,7 +507,7 @@ def parse_arguments(argv):
             "--" + f.name.replace("_", "-"),
             type=f.type,
             nargs="+" if f.name == "seed" else None,
-            metavar=f.type.__name__.upper(),
+            metavar={int: "N", float: "X", str: "NAME"}[f.type],
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']}{words} (default: {f.default})",
         )

@@ -257,6 +257,7 @@ class DiffuRec(nn.Module):
         """Algorithm 2, lines 10-14: the loss of a batch, a scalar. history (B, L), target (B,)."""
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             x_start = self.item_embeddings(target)
+            # s = ⌊s'⌋, s' ~ U(0, t), one for each target
             s = torch.randint(self.config.steps, target.shape, device=target.device)
             x_s = self.diffusion.q_sample(x_start, s, torch.randn_like(x_start))
             x_hat = self.approximate(self.embed(history), history > 0, x_s, s)
@@ -552,6 +553,8 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
     config, device = model.config, model.item_embeddings.weight.device
     settings = dataclasses.asdict(config)
     events[:1] = [{"event": "start", "data": name, "path": str(path), "config": settings}]
+    for leftover in folder.glob("*.tmp"):  # a file that was being written when the run was killed
+        leftover.unlink()
     write_log(folder, events)
     users, items, actions = sequences.n_users, sequences.n_items, len(sequences.items)
     parameters = sum(p.numel() for p in model.parameters())

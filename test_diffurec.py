@@ -8,6 +8,7 @@ import ast
 import collections
 import contextlib
 import csv
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -17,10 +18,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -566,6 +570,1219 @@ def test_recommend_gives_the_best_items_and_reads_the_last_max_len():
 def test_recommend_refuses_what_is_no_history(history, k):
     with pytest.raises(ValueError):
         model_of(n_items=12).recommend(torch.tensor(history), k)
+
+
+# -------------------------------------------------------------------------------------- the data
+
+
+users_strategy = st.lists(
+    st.lists(st.integers(1, 9), min_size=3, max_size=9), min_size=1, max_size=12
+).filter(lambda users: any(len(user) > 3 for user in users))
+
+
+def unpadded(batches, batch_size):
+    """[(history, target)] of all batches; the padding is on the left and none is needless."""
+    pairs = []
+    for history, target in batches:
+        assert history.dtype == target.dtype == torch.int64
+        assert history.shape[:1] == target.shape
+        assert 1 <= len(target) <= batch_size
+        assert (history[:, 0] > 0).any()
+        for row, item in zip(history.tolist(), target.tolist()):
+            items = [i for i in row if i]
+            assert row == [0] * (len(row) - len(items)) + items
+            pairs.append((tuple(items), item))
+    return pairs
+
+
+@property_test
+@given(
+    users=users_strategy,
+    max_len=st.integers(1, 8),
+    batch_size=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+def test_every_prefix_is_trained_on_once_and_every_user_scored_once(
+    users, max_len, batch_size, seed
+):
+    sequences = sequences_of(users)
+    rng = np.random.default_rng(seed)
+    got = unpadded(diffurec.train_batches(sequences, max_len, batch_size, rng), batch_size)
+    want = [
+        (tuple(user[:n][-max_len:]), user[n]) for user in users for n in range(1, len(user) - 2)
+    ]
+    assert sorted(got) == sorted(want)
+    assert sequences.n_samples == len(want)
+    for split, held_out in (("validation", 2), ("test", 1)):
+        got = unpadded(diffurec.eval_batches(sequences, split, max_len, batch_size), batch_size)
+        want = [(tuple(user[:-held_out][-max_len:]), user[-held_out]) for user in users]
+        assert sorted(got) == sorted(want)
+
+
+def epoch_of(users, seed, batch_size=7):
+    rng = np.random.default_rng(seed)
+    batches = diffurec.train_batches(sequences_of(users), 5, batch_size, rng)
+    return [(history.tolist(), target.tolist()) for history, target in batches]
+
+
+def test_last_two_items_of_a_user_are_in_no_training_batch():
+    users = random_users(1)
+    other = [[*user[:-2], 31 - user[-1], 31 - user[-2]] for user in users]
+    users, other = ([*some, [30, 30, 30]] for some in (users, other))  # the same n_items
+    assert epoch_of(users, 0) == epoch_of(other, 0)
+
+
+def test_last_item_is_in_no_validation_batch():
+    users = random_users(1)
+    other = [[*user[:-1], 31 - user[-1]] for user in users]
+    batches = [
+        [t.tolist() for pair in diffurec.eval_batches(sequences_of(some), "validation", 5, 7)
+         for t in pair]
+        for some in (users, other)
+    ]  # fmt: skip
+    assert batches[0] == batches[1]
+
+
+def test_training_batches_are_shuffled_by_the_generator_alone():
+    users = random_users(2, count=60)
+    assert epoch_of(users, 0) == epoch_of(users, 0) != epoch_of(users, 1)
+    rng = np.random.default_rng(0)
+    epochs = [
+        [h.shape[1] for h, _ in diffurec.train_batches(sequences_of(users), 9, 7, rng)]
+        for _ in range(2)
+    ]
+    assert epochs[0] != epochs[1]  # one generator, two epochs
+    assert epochs[0] != sorted(epochs[0])  # short and long histories in any order
+    mates = [
+        {frozenset(zip(map(tuple, h), t)) for h, t in epoch_of(users, seed)} for seed in (0, 1)
+    ]
+    assert mates[0] != mates[1]  # not only the order of the batches
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def plain_rank(scores, target):
+    """1 and all other items that are not below the target."""
+    own = scores[target - 1]
+    return 1 + sum(score >= own for item, score in enumerate(scores, 1) if item != target)
+
+
+def plain_metrics(ranks):
+    result = {}
+    for k in (5, 10, 20):
+        within = [rank for rank in ranks if rank <= k]
+        result[f"HR@{k}"] = len(within) / len(ranks)
+        result[f"NDCG@{k}"] = sum(1 / math.log2(rank + 1) for rank in within) / len(ranks)
+    return result
+
+
+@property_test
+@given(st.data())
+def test_ranks_and_metrics_against_brute_force(data):
+    """On scores of few and of many different values."""
+    width, height = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))
+    values = data.draw(
+        st.sampled_from([st.integers(0, 3), st.floats(-1024, 1024, width=32), st.just(7)])
+    )
+    row = st.lists(values, min_size=width, max_size=width)
+    scores = data.draw(st.lists(row, min_size=height, max_size=height))
+    target = data.draw(st.lists(st.integers(1, width), min_size=height, max_size=height))
+    got = diffurec.ranks(torch.tensor(scores, dtype=torch.float32), torch.tensor(target))
+    want = [plain_rank(*pair) for pair in zip(scores, target)]
+    assert got.tolist() == want
+    # the logarithms are float32
+    assert diffurec.metrics(got) == pytest.approx(plain_metrics(want), rel=2e-7)
+
+
+def test_metrics_worked_out_by_hand():
+    got = diffurec.metrics(torch.tensor([1, 5, 6, 20, 21]))
+    assert got["HR@5"] == pytest.approx(2 / 5)
+    assert got["HR@10"] == pytest.approx(3 / 5)
+    assert got["HR@20"] == pytest.approx(4 / 5)
+    assert got["NDCG@5"] == pytest.approx((1 + 0.386852807) / 5)  # 1 / log2(6)
+    assert got["NDCG@10"] == pytest.approx((1.386852807 + 0.356207187) / 5)  # 1 / log2(7)
+    assert got["NDCG@20"] == pytest.approx((1.386852807 + 0.356207187 + 0.227670249) / 5)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, -1e30])
+def test_equal_scores_are_all_misses(value):
+    rank = diffurec.ranks(torch.full((3, 21), value), torch.tensor([1, 21, 7]))
+    assert rank.tolist() == [21, 21, 21]
+    assert not any(diffurec.metrics(rank).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_score_that_is_not_finite_has_no_rank(value):
+    for column in (0, 3):  # the target's, another's
+        scores = torch.arange(15.0).reshape(3, 5)
+        scores[1, column] = value
+        with pytest.raises(FloatingPointError):
+            diffurec.ranks(scores, torch.tensor([1, 1, 1]))
+
+
+@pytest.mark.parametrize("rounding", ["inner_product", "r_star"])
+def test_untrained_model_scores_like_chance(rounding):
+    """The targets know nothing of the histories, so each is a hit with probability K / n_items."""
+    draw, n, items = random.Random(5), 1000, 200
+    users = [[draw.randint(1, items) for _ in range(5)] for _ in range(n)] + [[items] * 3]
+    torch.manual_seed(0)
+    model = diffurec.DiffuRec(items, config(rounding=rounding))
+    got = diffurec.evaluate(model, sequences_of(users), "test")
+    for k in (5, 10, 20):
+        p = k / items
+        assert abs(got[f"HR@{k}"] - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_evaluate_is_brute_force_over_eval_batches_and_repeats(split):
+    model, sequences = model_of(n_items=30, delta=0.5), sequences_of(random_users(3, count=90))
+    model.train()
+    state = torch.get_rng_state()
+    got = diffurec.evaluate(model, sequences, split, batch_size=16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    torch.rand(5)
+    assert diffurec.evaluate(model, sequences, split, batch_size=16) == got
+    ranks = []
+    torch.manual_seed(model.config.seed)
+    with torch.no_grad():
+        for history, target in diffurec.eval_batches(sequences, split, 6, 16):
+            scores = model.scores(model.reverse(history))
+            ranks += map(plain_rank, scores.tolist(), target.tolist())
+    assert got == pytest.approx(plain_metrics(ranks), rel=2e-7)  # the logarithms are float32
+    model.config.seed += 1
+    assert diffurec.evaluate(model, sequences, split, batch_size=16) != got
+
+
+@property_test
+@given(users=users_strategy)
+def test_popularity_against_brute_force(users):
+    counts = collections.Counter(item for user in users for item in user[:-2])
+    scores = [counts[item] for item in range(1, max(map(max, users)) + 1)]
+    want = plain_metrics([plain_rank(scores, user[-1]) for user in users])
+    # the logarithms are float32
+    assert diffurec.popularity(sequences_of(users)) == pytest.approx(want, rel=2e-7)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def test_bfloat16_comes_close_to_float32():
+    """Rounding to 8 bits is 0.4 % of each product; six such products in a row and their sums."""
+    history, target = padded(*HISTORIES), torch.tensor([9, 10, 3, 11])
+    for approximator in PLAIN:
+        losses = {}
+        for precision in ("float32", "bfloat16"):
+            model = model_of(approximator=approximator, hidden=32, precision=precision)
+            assert model.bfloat16 == (precision == "bfloat16")
+            torch.manual_seed(1)
+            losses[precision] = model(history, target)
+            losses[precision].backward()
+            torch.manual_seed(1)
+            x_0 = model.reverse(history)
+            assert losses[precision].dtype == model.scores(x_0).dtype == torch.float32
+        assert losses["float32"] != losses["bfloat16"]
+        assert losses["bfloat16"].item() == pytest.approx(losses["float32"].item(), rel=0.03)
+
+
+# A tiny model, and a number of epochs that takes no second
+TINY = [
+    "--hidden",
+    "8",
+    "--heads",
+    "2",
+    "--blocks",
+    "1",
+    "--steps",
+    "2",
+    "--batch-size",
+    "16",
+    "--eval-every",
+    "1",
+]
+
+
+class Cli:
+    """`diffurec.py` in the process of the test: cli(...) -> status; .out and .err of the last."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def __call__(self, *arguments):
+        self.capsys.readouterr()
+        status = diffurec.main([str(argument) for argument in arguments])
+        self.out, self.err = self.capsys.readouterr()
+        return status
+
+    def train(self, *arguments, data="x.txt", epochs=2):
+        status = self("--data", data, *TINY, "--epochs", epochs, *arguments)
+        assert (status, self.err) == (0, "")
+
+    def refused(self, *arguments):
+        """The one line on standard error, after which no file is other than before."""
+        before = snapshot(".")
+        assert self(*arguments) == 2
+        assert snapshot(".") == before
+        assert self.err.startswith("diffurec.py: error: ")
+        assert self.err.count("\n") == 1
+        assert self.err.endswith("\n")
+        return self.err
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """In a folder that holds x.txt, whose first two users of 20 are known."""
+    monkeypatch.chdir(tmp_path)
+    users = [[5, 6, 7, 8, 9], [1, 2], *random_users(7, count=18, shortest=4), [30, 29, 28]]
+    Path("x.txt").write_text("".join(" ".join(map(str, user)) + "\n" for user in users))
+    return Cli(capsys)
+
+
+def snapshot(folder):
+    return {str(p): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def events_of(folder, seconds=False):
+    """The events of log.jsonl, without what no two runs have alike unless asked for."""
+    events = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    for event in () if seconds else events:
+        event.pop("seconds", None)
+    return events
+
+
+def weights_of(path):
+    return diffurec.load_checkpoint(Path(path))["model"].state_dict()
+
+
+def assert_same_run(one, other):
+    assert events_of(one) == events_of(other)
+    for name in ("best.pt", "last.pt"):
+        one_weights, other_weights = weights_of(Path(one, name)), weights_of(Path(other, name))
+        assert all(torch.equal(one_weights[key], other_weights[key]) for key in one_weights)
+
+
+def test_training_overfits_a_handful_of_sequences(cli):
+    """Every item has one successor, so the loss can go to 0 and each prefix to its next item."""
+    users = [[*range(first, first + 8)] for first in (1, 9, 17, 25)]
+    Path("few.txt").write_text("".join(" ".join(map(str, user)) + "\n" for user in users))
+    settings_ = "--hidden 16 --heads 2 --blocks 2 --steps 4 --lr 0.01 --dropout 0 --batch-size 8"
+    settings_ += " --embedding-dropout 0 --epochs 60 --eval-every 60 --data few.txt"
+    assert cli(*settings_.split()) == 0
+    losses = [event["loss"] for event in events_of("runs/few") if event["event"] == "epoch"]
+    assert losses[0] == pytest.approx(math.log(32), rel=0.3)  # nothing learnt
+    assert losses[-1] < 0.05
+    model = diffurec.load_checkpoint(Path("runs/few/last.pt"))["model"]
+    for user in users:
+        for n in range(1, 6):
+            assert model.recommend(torch.tensor([user[:n]]), 1)[0].tolist() == [[user[n]]]
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+@functools.cache
+def saved():
+    """A small model, its data and the bytes of its checkpoint."""
+    model, sequences = model_of(n_items=9, blocks=1), sequences_of([[1, 2, 3, 9]])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "best.pt")
+        diffurec.save_checkpoint(path, model, sequences, epoch=3)
+        return model, sequences, path.read_bytes()
+
+
+def test_checkpoint_comes_back_as_it_was(tmp_path):
+    model, sequences, content = saved()
+    (tmp_path / "best.pt").write_bytes(content)
+    checkpoint = diffurec.load_checkpoint(tmp_path / "best.pt", sequences)
+    assert checkpoint["epoch"] == 3
+    assert checkpoint["model"].config == model.config
+    assert checkpoint["model"].n_items == 9
+    assert not checkpoint["model"].training
+    want, got = model.state_dict(), checkpoint["model"].state_dict()
+    assert list(want) == list(got)
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    diffurec.save_checkpoint(tmp_path / "again.pt", model, sequences, epoch=3)
+    assert sorted(os.listdir(tmp_path)) == ["again.pt", "best.pt"]
+
+
+def test_checkpoint_of_other_data_is_refused(tmp_path):
+    (tmp_path / "best.pt").write_bytes(saved()[2])
+    for users in ([[1, 2, 9, 3]], [[1, 2, 3], [9, 1, 2]], [[1, 2, 3, 9, 9]]):
+        with pytest.raises(ValueError, match="other data"):
+            diffurec.load_checkpoint(tmp_path / "best.pt", sequences_of(users))
+
+
+def load_or_refuse(path, model):
+    """A checkpoint is loaded with all its weights as they were, or is a ValueError of one line."""
+    try:
+        got = diffurec.load_checkpoint(path)["model"]
+    except ValueError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return False
+    assert got.config == model.config
+    assert all(map(torch.equal, model.state_dict().values(), got.state_dict().values()))
+    return True
+
+
+def test_truncated_checkpoint_is_refused(tmp_path):
+    model, _, content = saved()
+    path = tmp_path / "best.pt"
+    places = range(len(content)) if THOROUGH else range(0, len(content), len(content) // 60)
+    for length in (*places, *range(len(content) - 30, len(content))):
+        path.write_bytes(content[:length])
+        assert not load_or_refuse(path, model)
+
+
+@property_test
+@given(data=st.data())
+def test_mutated_checkpoint_is_loaded_right_or_refused(tmp_path, data):
+    model, _, content = saved()
+    path = tmp_path / "best.pt"
+    path.write_bytes(data.draw(mutated([content])))
+    load_or_refuse(path, model)
+
+
+@property_test
+@given(data=st.data())
+def test_mutated_directory_of_a_checkpoint_is_loaded_right_or_refused(tmp_path, data):
+    """Mutated where a zip file says what it holds: no checksum covers that."""
+    model, _, content = saved()
+    at = content.index(b"PK\x01\x02")
+    path = tmp_path / "best.pt"
+    path.write_bytes(content[:at] + data.draw(mutated([content[at:]])))
+    load_or_refuse(path, model)
+
+
+class Touch:
+    """What pickle runs when it loads one of these: it makes the file `executed`."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def foreign_files():
+    """Files that are no checkpoint of this program, by name."""
+
+    def torch_saved(content, **options):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, **options)
+        return buffer.getvalue()
+
+    def rezipped(content, method=zipfile.ZIP_STORED, replace=None):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+            for name in old.namelist():
+                data = replace if replace and name.endswith("data.pkl") else old.read(name)
+                new.writestr(name, data, method)
+        return buffer.getvalue()
+
+    right = torch.load(io.BytesIO(saved()[2]), weights_only=True)
+    checkpoint = right | {"config": {}, "model": {}}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("holiday.jpg", b"\xff\xd8")
+    tensors = torch_saved({"a": torch.zeros(2)})
+    files = {
+        "empty": b"",
+        "text": b"1 2 3\n",
+        "zeros": bytes(1000),
+        "a pickle that runs": pickle.dumps(Touch()),
+        "a saved pickle that runs": torch_saved(Touch()),
+        "a saved pickle that runs, in a checkpoint": torch_saved(checkpoint | {"epoch": Touch()}),
+        "an old saved pickle that runs": torch_saved(Touch(), _use_new_zipfile_serialization=False),
+        "another zip": packed.getvalue(),
+        "a zip without a member": b"PK\x05\x06" + bytes(18),
+        "compressed": rezipped(tensors, zipfile.ZIP_DEFLATED),
+        "pickle of nothing": rezipped(tensors, replace=b""),
+        "pickle of noise": rezipped(tensors, replace=b"\x80\x02}q\x00(X"),
+        "pickle of a recursion": rezipped(tensors, replace=b"\x80\x02" + b"(" * 10_000 + b"."),
+        "pickle of an unknown memo": rezipped(tensors, replace=b"\x80\x02h\x07."),
+        "pickle that pops nothing": rezipped(tensors, replace=b"\x80\x02000."),
+        "a saved tensor": torch_saved(torch.zeros(3)),
+        "a saved list": torch_saved([1, 2]),
+        "a saved number": torch_saved(3),
+        "nothing saved": torch_saved(None),
+        "another dict": torch_saved({"state_dict": {"weight": torch.zeros(2)}}),
+        "another dict, old": torch_saved({"a": 1}, _use_new_zipfile_serialization=False),
+        "no weights": torch_saved(checkpoint),
+        "another format": torch_saved(right | {"format": "DiffuRec checkpoint 2"}),
+    }
+    for key, value in (
+        ("n_items", "many"),
+        ("n_items", -3),
+        ("n_items", 1.5),
+        ("n_items", 1 << 60),
+        ("n_items", None),
+        ("config", {"hidden": "wide"}),
+        ("config", {"hidden": -8}),
+        ("config", {"hidden": 8.0}),
+        ("config", {"heads": 0}),
+        ("config", {"heads": 3}),
+        ("config", {"blocks": 10**30}),
+        ("config", {"schedule": None}),
+        ("config", {"colour": 8}),
+        ("config", [1]),
+        ("model", [1]),
+        ("model", None),
+        ("model", {1: torch.zeros(2)}),
+        ("model", {"item_embeddings.weight": 5}),
+    ):
+        files[f"{key} {value}"] = torch_saved(checkpoint | {key: value})
+    return files
+
+
+@pytest.mark.parametrize("name", foreign_files())
+def test_foreign_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = Path("best.pt")
+    path.write_bytes(foreign_files()[name])
+    assert not load_or_refuse(path, saved()[0])
+    assert os.listdir() == ["best.pt"]
+
+
+def test_checkpoint_that_is_missing_or_a_folder(tmp_path):
+    for path in (tmp_path / "x.pt", tmp_path):
+        with pytest.raises(OSError):
+            diffurec.load_checkpoint(path)
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def printed(out, label):
+    """The six numbers of a table's row that begins with label, in %."""
+    row = next(line for line in out.splitlines() if line.startswith(label + " "))
+    return [float(word) for word in row.removeprefix(label).split()]
+
+
+def test_no_argument_but_settings_trains_on_the_toy(cli):
+    assert cli(*TINY, "--epochs", 2, "--batch-size", 512) == 0
+    assert cli.err == ""
+    assert sorted(os.listdir("runs/toy")) == ["best.pt", "last.pt", "log.jsonl"]
+    assert Path("data/toy.txt").exists()
+    events = events_of("runs/toy", seconds=True)
+    assert [event["event"] for event in events] == (
+        ["start", *["epoch", "validation"] * 2, "popularity", "ceiling", "test"]
+    )
+    start, epochs = events[0], [event for event in events if event["event"] == "epoch"]
+    given_ = {"hidden": 8, "heads": 2, "blocks": 1, "steps": 2, "eval_every": 1, "epochs": 2}
+    assert start["data"] == "toy"
+    assert start["config"] == dataclasses.asdict(diffurec.Config(**given_))
+    for number, event in enumerate(epochs, 1):
+        assert list(event) == ["event", "epoch", "loss", "seconds"]
+        assert event["epoch"] == number
+        assert 0 < event["loss"] < 2 * math.log(200)
+        assert f"loss {event['loss']:.4f}" in cli.out
+    metrics = set(prepare_data.METRICS)
+    for event in events:
+        if event["event"] in ("popularity", "ceiling"):
+            assert set(event) == {"event"} | metrics
+        if event["event"] in ("validation", "test"):
+            assert set(event) == {"event", "epoch", "seconds"} | metrics
+        assert all(0 <= event.get(metric, 0) <= 1 for metric in metrics)
+        assert event.get("seconds", 1) > 0
+    ceiling = next(event for event in events if event["event"] == "ceiling")
+    assert {key: ceiling[key] for key in metrics} == prepare_data.toy_ceiling()
+    best = max((e for e in events if e["event"] == "validation"), key=lambda e: e["NDCG@10"])
+    assert events[-1]["epoch"] == best["epoch"]
+    for label, event in (("DiffuRec", events[-1]), ("popularity", events[-3])):
+        want = [100 * event[metric] for metric in prepare_data.METRICS]
+        assert printed(cli.out, label) == pytest.approx(want, abs=6e-5)  # four digits
+    assert "ceiling" in cli.out
+
+
+@pytest.mark.skipif(not THOROUGH, reason="about a minute; DIFFUREC_THOROUGH asks for it")
+def test_default_run_comes_near_the_toys_ceiling(cli):
+    assert cli() == 0
+    result = {event["event"]: event["HR@10"] for event in events_of("runs/toy")[-3:]}
+    assert result["test"] > 0.8 * result["ceiling"]
+    assert result["popularity"] < 0.3 * result["ceiling"]
+
+
+def test_header_counts_what_there_is_and_what_is_left_out(cli):
+    cli.train()
+    assert "20 users, 30 items" in cli.out
+    actions = len(Path("x.txt").read_text().split()) - 2
+    assert f"{actions:,} actions" in cli.out
+    assert re.search(r"\b1\b.*skipped|skipped\D* 1\b", cli.out)  # the user of two items
+
+
+def test_known_dataset_is_shown_beside_table_2(cli):
+    Path("data").mkdir()
+    shutil.copy("x.txt", "data/beauty.txt")
+    cli.train(data="beauty")
+    assert "5.5758" in cli.out  # HR@5, as the paper prints it
+    assert "4.7494" in cli.out
+    result = events_of("runs/beauty")[-1]
+    paper = (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566)
+    want = [100 * 100 * result[m] / p for m, p in zip(prepare_data.METRICS, paper)]
+    assert printed(cli.out, "ratio to Table 2, in %") == pytest.approx(want, abs=6e-5)
+
+
+def test_missing_dataset_is_prepared_first(cli, serve, monkeypatch):
+    actions = [(f"u{u}", f"i{(u + n) % 9}", n) for u in range(9) for n in range(6)]
+    server = serve(gzip.compress(amazon_file(actions)))
+    fake = prepare_data.Dataset(server.url, prepare_data.parse_amazon)
+    monkeypatch.setitem(prepare_data.DATASETS, "beauty", fake)
+    assert cli("--data", "beauty", "--data-dir", "d", *TINY, "--epochs", 1) == 0
+    assert "preparing" in cli.out
+    assert Path("d/beauty.txt").read_text().count("\n") == 9
+    assert events_of("runs/beauty")[-1]["event"] == "test"
+
+
+def test_max_len_comes_with_ml_1m(cli):
+    shutil.copy("x.txt", "ml-1m.txt")
+    cli.train(data="ml-1m.txt")
+    assert events_of("runs/ml-1m")[0]["config"]["max_len"] == 200
+    cli.train("--max-len", 7, data="ml-1m.txt")
+    assert events_of("runs/ml-1m-2")[0]["config"]["max_len"] == 7
+    cli.train()
+    assert events_of("runs/x")[0]["config"]["max_len"] == 50
+
+
+def test_each_run_has_a_folder_of_its_own(cli):
+    for folder in ("runs/x", "runs/x-2", "runs/x-3"):
+        before = snapshot("runs")
+        cli.train(epochs=1)
+        after = snapshot("runs")
+        assert before.items() <= after.items()
+        assert {path for path in after if path not in before} - {"runs"} == (
+            {folder, *(f"{folder}/{name}" for name in ("best.pt", "last.pt", "log.jsonl"))}
+        )
+    cli.train("--out", "else/where", epochs=1)
+    assert sorted(os.listdir("else/where")) == ["best.pt", "last.pt", "log.jsonl"]
+    assert "holds a run" in cli.refused("--data", "x.txt", *TINY, "--out", "else/where")
+    Path("empty").mkdir()
+    cli.train("--out", "empty", epochs=1)
+    assert "empty" in cli.out
+
+
+def test_runs_started_in_the_same_moment_get_different_folders(cli):
+    """Threads for the folders, many at once; two processes for the whole."""
+    folders, barrier = [], threading.Barrier(16)
+
+    def start():
+        barrier.wait()
+        folders.append(diffurec.run_folder("x", None, new=True))
+
+    threads = [threading.Thread(target=start) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, folders)) == sorted(["runs/x", *(f"runs/x-{n}" for n in range(2, 17))])
+    shutil.copy("x.txt", "y.txt")
+    processes = [start_training("--data", "y.txt", "--epochs", 2) for _ in range(2)]
+    assert [process.communicate()[1] for process in processes] == ["", ""]
+    assert sorted(folder for folder in os.listdir("runs") if folder[0] == "y") == ["y", "y-2"]
+    assert_same_run("runs/y", "runs/y-2")
+
+
+def test_same_seed_gives_the_same_log_but_for_the_seconds(cli):
+    cli.train()
+    torch.rand(3)
+    cli.train()
+    cli.train("--seed", 2)
+    assert_same_run("runs/x", "runs/x-2")
+    assert events_of("runs/x")[1]["loss"] != events_of("runs/x-3")[1]["loss"]
+
+
+def test_several_seeds_end_with_mean_and_standard_deviation(cli):
+    cli.train("--seed", 4, 2, 3)
+    results = []
+    for folder, seed in (("runs/x", 4), ("runs/x-2", 2), ("runs/x-3", 3)):
+        events = events_of(folder)
+        assert events[0]["config"]["seed"] == seed
+        results.append([100 * events[-1][metric] for metric in prepare_data.METRICS])
+    columns = list(zip(*results))
+    for label, of in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+        want = [of(column) for column in columns]
+        assert printed(cli.out, label) == pytest.approx(want, abs=6e-5)  # four digits
+    cli.train("--seed", 2)
+    assert_same_run("runs/x-2", "runs/x-4")  # a run does not depend on those before it
+    cli.train("--seed", 1, 2, "--out", "two", epochs=1)
+    assert sorted(os.listdir("two")) == ["seed-1", "seed-2"]
+
+
+def test_early_stopping_after_patience_validations_without_progress(cli):
+    """With learning rate 0 every validation is the same, so none after the first is better."""
+    cli.train("--lr", 0, "--patience", 3, "--eval-every", 2, epochs=50)
+    events = events_of("runs/x")
+    assert [e["epoch"] for e in events if e["event"] == "validation"] == [2, 4, 6, 8]
+    assert events[-1]["epoch"] == 2
+    assert events[-1]["event"] == "test"
+    validations = [e for e in events if e["event"] == "validation"]
+    assert len({validation["NDCG@10"] for validation in validations}) == 1
+
+
+def test_validation_also_after_the_last_epoch(cli):
+    cli.train("--eval-every", 2, epochs=3)
+    validations = [e["epoch"] for e in events_of("runs/x") if e["event"] == "validation"]
+    assert validations == [2, 3]
+
+
+def test_best_epoch_is_kept_and_scored(cli):
+    """A large learning rate makes the validations go up and down."""
+    cli.train("--lr", 0.3, "--patience", 99, epochs=12)
+    events = events_of("runs/x")
+    validations = [event for event in events if event["event"] == "validation"]
+    best = max(validations, key=lambda event: event["NDCG@10"])  # the first of equals
+    assert events[-1]["epoch"] == best["epoch"] < 12
+    checkpoint = diffurec.load_checkpoint(Path("runs/x/best.pt"))
+    assert checkpoint["epoch"] == best["epoch"]
+    for event, split in ((best, "validation"), (events[-1], "test")):
+        sequences = prepare_data.load_sequences("x.txt")
+        got = diffurec.evaluate(checkpoint["model"], sequences, split, batch_size=16)
+        assert got == {metric: event[metric] for metric in prepare_data.METRICS}
+
+
+# ------------------------------------------------------------------------- interrupted, and resumed
+
+
+def start_training(*arguments, **options):
+    """`diffurec.py` in a process of its own, in the folder of the test."""
+    command = [sys.executable, str(MODEL_SCRIPT), *TINY, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | options))
+
+
+def wait_for_epoch(process, folder, epoch):
+    """Until the log tells of that epoch."""
+    give_up = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < give_up:
+        with contextlib.suppress(FileNotFoundError):
+            if events_of(folder)[-1:] and events_of(folder)[-1].get("epoch", 0) >= epoch:
+                return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_run_stopped_at_any_replacement_of_a_file_goes_on_as_if_it_had_not_been(cli, monkeypatch):
+    """Every file is written by replacing it: stop before and after each of these moments."""
+    arguments = ["--data", "x.txt", *TINY, "--epochs", 3, "--eval-every", 2]
+    assert cli(*arguments) == 0
+    replace = os.replace
+    for limit in range(100):
+        for when in ("before", "after"):
+            folder, done = f"stopped-{limit}-{when}", []
+
+            def stop(source, target, when=when, limit=limit, done=done):
+                done.append(target)
+                if len(done) <= limit or when == "after":
+                    replace(source, target)
+                if len(done) == limit + 1:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(os, "replace", stop)
+            status = cli(*arguments, "--out", folder)
+            monkeypatch.setattr(os, "replace", replace)
+            if status == 0:
+                assert limit >= 8  # the log at the start and the end, and two or three an epoch
+                return
+            assert status == 130
+            assert cli.err.count("\n") == 1
+            assert "--resume" in cli.err
+            assert {path.suffix for path in Path(folder).iterdir()} <= {".pt", ".jsonl"}
+            # before the first line of the log not even the settings are known: give them again
+            again = arguments if not os.path.getsize(f"{folder}/log.jsonl") else arguments[:2]
+            assert cli(*again, "--resume", "--out", folder) == 0
+            assert_same_run("runs/x", folder)
+
+
+def test_resume_starts_a_run_that_was_killed_before_its_first_save(cli):
+    """Of a run that had got to its first line, to its first validation, and not even that far."""
+    cli.train("--dropout", 0.3)
+    lines = Path("runs/x/log.jsonl").read_text().splitlines(keepends=True)
+    for number, again in ((1, []), (3, []), (0, [*TINY, "--epochs", 2, "--dropout", 0.3])):
+        folder = Path(f"killed-{number}")
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("".join(lines[:number]))
+        if number == 3:
+            shutil.copy("runs/x/best.pt", folder)
+        assert cli("--data", "x.txt", "--resume", "--out", folder, *again) == 0
+        assert_same_run("runs/x", folder)
+
+
+def test_killed_runs_go_on_as_if_they_had_not_been(cli):
+    """SIGKILL at random moments, of training and of the runs that resume it."""
+    arguments = ["--data", "x.txt", "--epochs", 60, "--patience", 60]
+    assert cli(*TINY, *arguments, "--out", "whole") == 0
+    draw, sequences = random.Random(os.urandom(4)), prepare_data.load_sequences("x.txt")
+    for attempt in range(30 if THOROUGH else 3):
+        again = ["--resume"] if Path("killed/log.jsonl").exists() else []
+        process = start_training(*arguments, *again, "--out", "killed")
+        if attempt % 3:
+            give_up = time.monotonic() + 60
+            while not Path("killed/log.jsonl").exists() and time.monotonic() < give_up:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+        else:
+            time.sleep(draw.uniform(0.5, 3))
+        process.kill()
+        assert "Traceback" not in process.communicate()[1]
+        for path in Path("killed").glob("*.pt"):
+            diffurec.load_checkpoint(path, sequences)
+        if Path("killed/log.jsonl").exists():
+            events_of("killed")
+    again = ["--resume"] if Path("killed/log.jsonl").exists() else []
+    assert cli(*TINY, *arguments, *again, "--out", "killed") == 0
+    assert_same_run("whole", "killed")
+
+
+def test_run_killed_in_the_middle_is_resumed_to_the_same_end(cli):
+    arguments = ["--data", "x.txt", "--epochs", 40, "--patience", 40]
+    assert cli(*TINY, *arguments, "--out", "whole") == 0
+    process = start_training(*arguments)
+    wait_for_epoch(process, "runs/x", 3)
+    process.kill()
+    process.communicate()
+    assert events_of("runs/x")[-1]["event"] != "test"
+    assert cli("--data", "x.txt", "--resume") == 0
+    assert_same_run("whole", "runs/x")
+
+
+def test_ctrl_c_is_status_130_and_the_run_can_be_resumed(cli):
+    arguments = ["--data", "x.txt", "--epochs", 40, "--patience", 40]
+    assert cli(*TINY, *arguments, "--out", "whole") == 0
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so in background
+    process = start_training(*arguments, preexec_fn=listen)
+    wait_for_epoch(process, "runs/x", 2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    assert "--resume" in error
+    assert cli("--data", "x.txt", "--resume") == 0
+    assert_same_run("whole", "runs/x")
+
+
+def test_resume_takes_the_newest_run_of_that_data(cli):
+    for _ in range(2):
+        cli.train(epochs=1)
+    shutil.copy("x.txt", "y.txt")
+    cli.train(data="y.txt", epochs=1)
+    for folder, when in (("runs/x", 2e9), ("runs/x-2", 1e9), ("runs/y", 3e9)):
+        os.utime(folder, (when, when))
+    assert cli("--data", "x.txt", "--resume") == 0
+    assert re.search(r"runs/x\b(?!-)", cli.out)
+    assert "runs/x-2" not in cli.out
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(cli):
+    cli.train()
+    before = snapshot("runs")
+    assert cli("--data", "x.txt", "--resume") == 0
+    assert "finished" in cli.out
+    assert snapshot("runs") == before
+    assert "epoch 1 " not in cli.out
+
+
+def test_more_epochs_for_a_run_that_was_stopped(cli, monkeypatch):
+    cli.train(epochs=4)
+    replace, done = os.replace, []
+
+    def stop(source, target):
+        done.append(replace(source, target))
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    assert cli("--data", "x.txt", *TINY, "--epochs", 2, "--out", "more") == 130
+    monkeypatch.setattr(os, "replace", replace)
+    assert cli("--data", "x.txt", "--resume", "--out", "more", "--epochs", 4) == 0
+    assert_same_run("runs/x", "more")
+
+
+def test_loss_that_is_not_finite_is_status_1_and_keeps_the_last_good_checkpoint(cli, monkeypatch):
+    """From the third epoch on the loss overflows."""
+    sequences, count = prepare_data.load_sequences("x.txt"), itertools.count(1)
+    batches = math.ceil(sequences.n_samples / 16)
+    forward = diffurec.DiffuRec.forward
+
+    def overflow(model, history, target):
+        factor = math.inf if next(count) > 2 * batches else 1
+        return forward(model, history, target) * factor
+
+    monkeypatch.setattr(diffurec.DiffuRec, "forward", overflow)
+    assert cli("--data", "x.txt", *TINY, "--epochs", 5) == 1
+    assert cli.err.startswith("diffurec.py: error: epoch 3")
+    assert cli.err.count("\n") == 1
+    for name in ("best.pt", "last.pt"):
+        model = diffurec.load_checkpoint(Path("runs/x", name), sequences)["model"]
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert diffurec.load_checkpoint(Path("runs/x/last.pt"))["epoch"] == 2
+
+
+def full_disk(megabytes):
+    """A small file system of its own at ./small, where the system lets us."""
+    Path("small").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", "small"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(cli):
+    if not full_disk(1):
+        pytest.skip("mounting a small file system needs to be root")
+    try:
+        arguments = ["--data", "x.txt", *TINY, "--hidden", 32, "--epochs", 3, "--patience", 3]
+        assert cli(*arguments, "--out", "whole") == 0
+        size = sum(path.stat().st_size for path in Path("whole").iterdir())
+        # room for both checkpoints but not for a third, from which each is replaced
+        Path("small/ballast").write_bytes(bytes((1 << 20) - size - 20_000))
+        assert cli(*arguments, "--out", "small/run") == 2
+        assert cli.err.startswith("diffurec.py: error: ")
+        assert "space" in cli.err
+        assert cli.err.count("\n") == 1
+        names = sorted(os.listdir("small/run"))
+        assert set(names) <= {"best.pt", "last.pt", "log.jsonl"}
+        assert "best.pt" in names
+        for name in set(names) - {"log.jsonl"}:
+            diffurec.load_checkpoint(Path("small/run", name))
+        Path("small/ballast").unlink()
+        assert cli("--data", "x.txt", "--resume", "--out", "small/run") == 0
+        assert_same_run("whole", "small/run")
+    finally:
+        subprocess.run(["umount", "small"], check=True)
+
+
+# --------------------------------------------------------------------- with a run that is there
+
+
+def test_evaluate_repeats_the_numbers_of_the_log(cli):
+    cli.train("--delta", 0.5)
+    before = snapshot("runs")
+    outs = []
+    for _ in range(2):
+        assert cli("--data", "x.txt", "--evaluate") == 0
+        outs.append(cli.out)
+        events = events_of("runs/x")
+        best = max((e for e in events if e["event"] == "validation"), key=lambda e: e["NDCG@10"])
+        for split, event in (("validation", best), ("test", events[-1])):
+            want = [100 * event[metric] for metric in prepare_data.METRICS]
+            assert printed(cli.out, split) == pytest.approx(want, abs=6e-5)  # four digits
+        assert re.search(r"reversal: [0-9.]+ ms", cli.out)
+    assert snapshot("runs") == before
+    assert cli("--data", "x.txt", "--evaluate", "--rounding", "r_star", "--seed", 9) == 0
+
+
+def test_recommend_shows_history_titles_and_ten_items(cli):
+    Path("x.items.txt").write_text("".join(f"the title of {n}\n" for n in range(1, 31)))
+    cli.train("--max-len", 3)
+    before = snapshot(".")
+    assert cli("--data", "x.txt", "--recommend", 1) == 0
+    lines = cli.out.splitlines()
+    rows = [line for line in lines if "the title of" in line]
+    ids = [int(re.search(r"\d+", row)[0]) for row in rows]
+    assert all(f"the title of {number}" in row for number, row in zip(ids, rows))
+    assert ids[:5] == [5, 6, 7, 8, 9]
+    assert len(set(ids[5:])) == 10
+    assert {n for n, row in zip(ids[5:], rows[5:]) if "in the history" in row} == (
+        {5, 6, 7, 8, 9} & set(ids[5:])
+    )
+    assert cli("--data", "x.txt", "--history", 5, 6, 7, 8, 9) == 0
+    assert cli.out.splitlines() == lines
+    assert snapshot(".") == before
+    Path("x.items.txt").unlink()
+    assert cli("--data", "x.txt", "--recommend", 1) == 0
+    assert [int(line.split()[0].strip("+")) for line in cli.out.splitlines()[:5]] == [5, 6, 7, 8, 9]
+
+
+def test_recommendations_are_those_of_the_model_and_what_100_reversals_reach(cli):
+    cli.train("--max-len", 3, "--delta", 0.5)
+    history = [3, 1, 4, 1, 5, 9, 2, 6]
+    assert cli("--data", "x.txt", "--history", *history) == 0
+    model = diffurec.load_checkpoint(Path("runs/x/best.pt"))["model"]
+    torch.manual_seed(model.config.seed)
+    top = model.recommend(torch.tensor([history[-3:]] * 100), 20)[0]
+    assert f"{len(set(top.flatten().tolist()))} different items" in cli.out
+    shown = re.findall(r"^\+ *(\d+)(.*)$", cli.out, re.MULTILINE)
+    assert [int(number) for number, _ in shown] == top[0, :10].tolist()
+    assert [int(number) in history for number, _ in shown] == ["history" in n for _, n in shown]
+    assert any("history" in note for _, note in shown)
+
+
+def test_recommend_with_fewer_items_than_are_asked_for(cli):
+    Path("x.txt").write_text("1 2 3 1 2 3 1\n3 2 1 3 2\n")
+    cli.train()
+    assert cli("--data", "x.txt", "--recommend", 2) == 0
+    assert len(re.findall(r"^\+", cli.out, re.MULTILINE)) == 3
+
+
+def test_the_readmes_lines_of_python(cli):
+    cli.train("--out", "runs/toy")
+    model = diffurec.load_checkpoint("runs/toy/best.pt")["model"]
+    items, scores = model.recommend(torch.tensor([[5, 6, 7]]), k=10)
+    assert items.shape == scores.shape == (1, 10)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x.txt: the file holds no item ids"),
+        (b" \n\n", "x.txt: the file holds no item ids"),
+        (b"1 2 3 4\n1 2 three 4\n", "x.txt:2: 'three' is not an item id"),
+        (b"1 2 3 4\n\n1 -2 3 4\n", "x.txt:3: '-2' is not an item id"),
+        (b"1 2 0 4\n", "x.txt:1: '0' is not an item id"),
+        (b"1 2 3 4\n1 2 3 4000000\n", "x.txt:2: item id 4,000,000, but only 5 different ids"),
+        (b"1 2 3 99999999999\n", "x.txt:1: '99999999999' is not an item id"),
+        (b"1 2\n3\n", "x.txt: no user has 3 items or more"),
+        (b"1 2 3\n4 5 6\n", "x.txt: no user has four items or more"),
+    ],
+)
+@pytest.mark.parametrize("what", [TINY, ["--evaluate"], ["--resume"], ["--recommend", "1"]])
+def test_bad_data_is_refused(cli, content, message, what):
+    if what is not TINY:
+        cli.train(epochs=1)
+    Path("x.txt").write_bytes(content)
+    assert message in cli.refused("--data", "x.txt", *what)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data nothing", "nothing: neither a file nor one of toy, beauty, toys, ml-1m, steam"),
+        ("--data missing.txt", "missing.txt"),
+        ("--data .", ""),
+        ("--data x.txt --steps 0", "--steps 0"),
+        ("--data x.txt --steps 1001", "--steps 1001"),
+        ("--data x.txt --steps 3.5", "--steps"),
+        ("--data x.txt --steps", "--steps"),
+        ("--data x.txt --schedule round", "--schedule round"),
+        ("--data x.txt --delta -1", "--delta -1"),
+        ("--data x.txt --delta nan", "--delta nan"),
+        ("--data x.txt --delta inf", "--delta inf"),
+        ("--data x.txt --approximator rnn", "--approximator rnn"),
+        ("--data x.txt --rounding up", "--rounding up"),
+        ("--data x.txt --hidden 0", "--hidden 0"),
+        ("--data x.txt --hidden 10", "--hidden 10"),
+        ("--data x.txt --hidden 9 --heads 3", "--hidden 9"),
+        ("--data x.txt --heads 0", "--heads 0"),
+        ("--data x.txt --blocks 0", "--blocks 0"),
+        ("--data x.txt --dropout 1", "--dropout 1"),
+        ("--data x.txt --dropout -0.1", "--dropout -0.1"),
+        ("--data x.txt --max-len 0", "--max-len 0"),
+        ("--data x.txt --batch-size 0", "--batch-size 0"),
+        ("--data x.txt --lr -1", "--lr -1"),
+        ("--data x.txt --lr nan", "--lr nan"),
+        ("--data x.txt --epochs 0", "--epochs 0"),
+        ("--data x.txt --eval-every 0", "--eval-every 0"),
+        ("--data x.txt --patience 0", "--patience 0"),
+        ("--data x.txt --precision int8", "--precision int8"),
+        ("--data x.txt --seed -1", "--seed -1"),
+        ("--data x.txt --seed 1 two", "--seed"),
+        ("--data x.txt --seed 1 2 99999999999999999999", "--seed 99999999999999999999"),
+        ("--data x.txt --seed", "--seed"),
+        ("--data x.txt --device quantum", "--device quantum"),
+        ("--data x.txt --device cuda:99", "--device cuda:99"),
+        ("--data x.txt --colour red", "--colour"),
+        ("x.txt", "x.txt"),
+        ("--data x.txt --out x.txt", "x.txt"),
+        ("--data x.txt --out x.txt/run", "x.txt"),
+        ("--data x.txt --resume", "no run"),
+        ("--data x.txt --evaluate", "no run"),
+        ("--data x.txt --recommend 1", "no run"),
+        ("--data x.txt --history 1 2", "no run"),
+        ("--resume", "no run"),
+        ("--data x.txt --resume --out nowhere", "no run"),
+        ("--data x.txt --resume --evaluate", "--evaluate"),
+        ("--data x.txt --recommend 1 --history 2", "--history"),
+        ("--data x.txt --data-dir x.txt --data toy", "x.txt"),
+    ],
+)
+def test_wrong_arguments_are_refused(cli, arguments, message):
+    assert message in cli.refused(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--recommend 0", "line 0"),
+        ("--recommend -1", "-1"),
+        ("--recommend 2", "line 2"),  # a user of two items
+        ("--recommend 22", "line 22"),
+        ("--recommend one", "--recommend"),
+        ("--history 31", "--history"),
+        ("--history 0", "--history"),
+        ("--history 3 -4", "--history"),
+        ("--history", "--history"),
+        ("--history 99999999999999999999", "--history"),
+        ("--resume --steps 3", "--steps"),
+        ("--resume --lr 0.5", "--lr"),
+        ("--resume --seed 1 2", "--seed"),
+        ("--resume --seed 2", "--seed"),
+        ("--evaluate --steps 3", "--steps"),
+        ("--evaluate --hidden 16", "--hidden"),
+        ("--evaluate --approximator gru", "--approximator"),
+        ("--recommend 1 --max-len 3", "--max-len"),
+        ("--evaluate --seed 1 2", "--seed"),
+    ],
+)
+def test_wrong_arguments_for_a_run_are_refused(cli, arguments, message):
+    cli.train(epochs=1)
+    assert message in cli.refused("--data", "x.txt", *arguments.split())
+
+
+def test_run_of_other_data_is_refused(cli):
+    cli.train("--out", "run", epochs=1)
+    Path("y.txt").write_text("1 2 3 4\n30 2 1 4\n")
+    for what in (["--evaluate"], ["--resume"], ["--recommend", 1], ["--history", 1]):
+        assert "other data" in cli.refused("--data", "y.txt", "--out", "run", *what)
+    Path("x.txt").write_text(Path("x.txt").read_text() + "1 2 3\n")
+    for what in (["--evaluate"], ["--resume"]):
+        assert "other data" in cli.refused("--data", "x.txt", "--out", "run", *what)
+
+
+@pytest.mark.parametrize("what", [["--evaluate"], ["--resume"], ["--recommend", 1]])
+def test_broken_checkpoint_of_a_run_is_refused(cli, what):
+    cli.train(epochs=1)
+    path = Path("runs/x", "last.pt" if what == ["--resume"] else "best.pt")
+    content = path.read_bytes()
+    for broken in (b"", content[: len(content) // 2], pickle.dumps(Touch()), b"PK" + content):
+        path.write_bytes(broken)
+        assert str(path) in cli.refused("--data", "x.txt", *what)
+
+
+@pytest.mark.parametrize("text", ["{", "[]\n", "3\n", "{}\n", "\udcff"])
+def test_broken_log_of_a_run_is_refused(cli, text):
+    cli.train(epochs=1)
+    Path("runs/x/log.jsonl").write_text(text, errors="surrogateescape")
+    for what in ("--resume", "--evaluate"):
+        assert "log.jsonl" in cli.refused("--data", "x.txt", what)
+
+
+def test_no_network_is_one_line(cli, serve, monkeypatch):
+    server = serve(b"")
+    server.shutdown()
+    server.server_close()
+    fake = prepare_data.Dataset(server.url, prepare_data.parse_amazon)
+    monkeypatch.setitem(prepare_data.DATASETS, "beauty", fake)
+    assert cli("--data", "beauty") == 2
+    assert cli.err.splitlines()[0] == f"downloading {server.url}"
+    assert cli.err.splitlines()[1].startswith("diffurec.py: error: ")
+    assert cli.err.count("\n") == 2
+    assert not Path("runs").exists()
+
+
+def test_script_gives_its_status_and_no_traceback(cli):
+    process = start_training("--data", "nothing")
+    out, error = process.communicate()
+    assert (process.returncode, out, error.count("\n")) == (2, "", 1)
+    assert not Path("runs").exists()
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        diffurec.main(["--help"])
+    assert stopped.value.code == 0
+    page = capsys.readouterr().out
+    flags = "steps schedule delta approximator rounding blocks heads hidden dropout max-len lr seed"
+    flags += " batch-size epochs patience eval-every device data data-dir out resume evaluate"
+    flags += " recommend history"
+    for flag in flags.split():
+        assert f"--{flag} " in page + " "
+    for word in (*SCHEDULES, "beauty", "toys", "ml-1m", "steam", "toy", "gru", "r_star"):
+        assert word in page
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--lr 10",
+        "--lr 1000",
+        "--delta 5",
+        "--delta 0",
+        "--steps 1",
+        "--steps 1000",
+        "--blocks 3",
+        "--heads 4",
+        "--heads 8",
+        "--batch-size 1",
+        "--batch-size 1000000",
+        "--max-len 1",
+        "--max-len 100000",
+        "--dropout 0.99 --embedding-dropout 0.99",
+        "--embedding-std 0",
+        "--embedding-std 100",
+        "--hidden 2 --heads 1",
+        "--approximator gru",
+        "--approximator gru --max-len 1 --precision bfloat16",
+        "--rounding r_star --embedding-std 0",
+        "--schedule cosine --steps 1",
+        "--schedule sqrt --steps 1",
+        "--schedule linear --steps 1",
+        "--precision bfloat16",
+        "--delta-is std",
+    ],
+)
+def test_extreme_settings_give_finite_numbers_or_a_clear_stop(cli, arguments):
+    status = cli("--data", "x.txt", *TINY, "--epochs", 1, *arguments.split())
+    events = events_of("runs/x")
+    if status == 1:
+        assert "--lr 1000" in arguments
+        assert cli.err.count("\n") == 1
+        assert "finite" in cli.err
+        assert [event["event"] for event in events] == ["start"]
+    else:
+        assert (status, cli.err) == (0, "")
+        assert events[-1]["event"] == "test"
+        assert all(math.isfinite(v) for e in events for v in e.values() if isinstance(v, float))
+        assert cli("--data", "x.txt", "--recommend", 1) == 0
+
+
+@pytest.mark.parametrize(
+    "users",
+    [
+        ["1 2 3 4"],  # one sample, of a history of length 1
+        ["1 1 1 1"],  # one item
+        ["1 2 3 4"] * 30,  # all alike
+        ["1 2 3"] * 5 + ["4 4 4 4"],
+        ["100000 1 2 3"],
+        [" ".join(map(str, [*range(1, 50)] * 60))],  # 2,940 items
+    ],
+    ids=lambda users: f"{len(users)} of {users[-1][:12]}",
+)
+def test_extreme_data_give_finite_numbers(cli, users):
+    Path("x.txt").write_text("\n".join(users))
+    cli.train("--batch-size", 256, epochs=1)
+    assert all(0 <= events_of("runs/x")[-1][metric] <= 1 for metric in prepare_data.METRICS)
+    assert cli("--data", "x.txt", "--recommend", len(users)) == 0
+    assert cli("--data", "x.txt", "--evaluate") == 0
+
+
+# ------------------------------------------------------------------------------------------- GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@needs_gpu
+def test_gpu_computes_in_bfloat16_and_comes_close_to_the_cpu():
+    """Without noise, of which a GPU draws other: delta = 0, and no dropout. 3 %: bfloat16."""
+    history, target = padded(*HISTORIES), torch.tensor([9, 10, 3, 11])
+    model = model_of(hidden=32, delta=0.0)
+    want = model(history, target).item()
+    model.config.precision = "auto"
+    model.cuda()
+    assert model.bfloat16
+    assert model(history.cuda(), target.cuda()).item() == pytest.approx(want, rel=0.03)
+
+
+@needs_gpu
+@pytest.mark.parametrize("approximator", PLAIN)
+def test_gpu_trains_evaluates_and_recommends(cli, approximator):
+    cli.train("--device", "cuda", "--approximator", approximator)
+    assert "cuda" in cli.out
+    for device in ("cuda", "cpu"):
+        assert cli("--data", "x.txt", "--evaluate", "--device", device) == 0
+        assert cli("--data", "x.txt", "--recommend", 1, "--device", device) == 0
 
 
 # =================================================================================================

@@ -408,6 +408,16 @@ def test_each_dropout_is_applied(where):
     assert not torch.equal(model.reverse(history), model.reverse(history))
 
 
+@pytest.mark.parametrize("silent", ["output", "contract"])
+def test_both_sublayers_of_a_block_have_dropout(silent):
+    """With one of them silent the other's still shows."""
+    block = diffurec.TransformerBlock(config(dropout=0.5))
+    torch.nn.init.zeros_(getattr(block, silent).weight)
+    torch.nn.init.zeros_(getattr(block, silent).bias)
+    z, mask = torch.randn(2, 5, 8), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    assert not torch.equal(block(z, mask, 5), block(z, mask, 5))
+
+
 # ---------------------------------------------------------------------------------------- DiffuRec
 
 
@@ -1193,6 +1203,20 @@ def test_same_seed_gives_the_same_log_but_for_the_seconds(cli):
     assert events_of("runs/x")[1]["loss"] != events_of("runs/x-3")[1]["loss"]
 
 
+def test_noise_of_training_follows_from_seed_and_epoch(cli, monkeypatch):
+    """Were it the same in two epochs or for two seeds, resumed runs would still look right."""
+    original, states = diffurec.train_batches, []
+
+    def train_batches(sequences, max_len, batch_size, rng):
+        states.append((torch.get_rng_state().numpy().tobytes(), rng.bit_generator.state["state"]))
+        return original(sequences, max_len, batch_size, rng)
+
+    monkeypatch.setattr(diffurec, "train_batches", train_batches)
+    cli.train("--seed", 1, 2, epochs=2)
+    assert len({torchs for torchs, _ in states}) == 4
+    assert len({str(numpys) for _, numpys in states}) == 4
+
+
 def test_several_seeds_end_with_mean_and_standard_deviation(cli):
     cli.train("--seed", 4, 2, 3)
     results = []
@@ -1333,6 +1357,7 @@ def test_killed_runs_go_on_as_if_they_had_not_been(cli):
     again = ["--resume"] if Path("killed/log.jsonl").exists() else []
     assert cli(*TINY, *arguments, *again, "--out", "killed") == 0
     assert_same_run("whole", "killed")
+    assert sorted(os.listdir("killed")) == ["best.pt", "last.pt", "log.jsonl"]
 
 
 def test_run_killed_in_the_middle_is_resumed_to_the_same_end(cli):
@@ -1372,6 +1397,21 @@ def test_resume_takes_the_newest_run_of_that_data(cli):
     assert cli("--data", "x.txt", "--resume") == 0
     assert re.search(r"runs/x\b(?!-)", cli.out)
     assert "runs/x-2" not in cli.out
+
+
+def test_resume_passes_over_a_folder_that_was_killed_before_it_had_a_log(cli):
+    cli.train(epochs=1)
+    Path("runs/x-2").mkdir()
+    for what in ("--resume", "--evaluate"):
+        assert cli("--data", "x.txt", what) == 0
+
+
+def test_resume_clears_what_a_kill_left_half_written(cli):
+    cli.train(epochs=1)
+    before = snapshot("runs")
+    Path("runs/x/last.pt.0123.tmp").write_bytes(b"PK")
+    assert cli("--data", "x.txt", "--resume") == 0
+    assert snapshot("runs") == before
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(cli):
@@ -1496,12 +1536,13 @@ def test_recommend_shows_history_titles_and_ten_items(cli):
 
 def test_recommendations_are_those_of_the_model_and_what_100_reversals_reach(cli):
     cli.train("--max-len", 3, "--delta", 0.5)
-    history = [3, 1, 4, 1, 5, 9, 2, 6]
+    history = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
     assert cli("--data", "x.txt", "--history", *history) == 0
     model = diffurec.load_checkpoint(Path("runs/x/best.pt"))["model"]
     torch.manual_seed(model.config.seed)
     top = model.recommend(torch.tensor([history[-3:]] * 100), 20)[0]
     assert f"{len(set(top.flatten().tolist()))} different items" in cli.out
+    assert re.findall(r"^ +(\d+) *$", cli.out, re.MULTILINE) == list(map(str, history[-10:]))
     shown = re.findall(r"^\+ *(\d+)(.*)$", cli.out, re.MULTILINE)
     assert [int(number) for number, _ in shown] == top[0, :10].tolist()
     assert [int(number) in history for number, _ in shown] == ["history" in n for _, n in shown]
@@ -1584,6 +1625,8 @@ def test_bad_data_is_refused(cli, content, message, what):
         ("--data x.txt --seed", "--seed"),
         ("--data x.txt --device quantum", "--device quantum"),
         ("--data x.txt --device cuda:99", "--device cuda:99"),
+        ("--data x.txt --device meta", "--device meta"),  # computes nothing
+        ("--data x.txt --device hpu", "--device hpu"),  # is no part of PyTorch
         ("--data x.txt --colour red", "--colour"),
         ("x.txt", "x.txt"),
         ("--data x.txt --out x.txt", "x.txt"),
@@ -1630,6 +1673,19 @@ def test_wrong_arguments_are_refused(cli, arguments, message):
 def test_wrong_arguments_for_a_run_are_refused(cli, arguments, message):
     cli.train(epochs=1)
     assert message in cli.refused("--data", "x.txt", *arguments.split())
+
+
+def test_several_seeds_are_refused_before_the_first_of_them_trains(cli):
+    cli.train("--out", "two/seed-2", epochs=1)
+    arguments = ["--data", "x.txt", *TINY, "--epochs", 1, "--out"]
+    assert "two/seed-2" in cli.refused(*arguments, "two", "--seed", 1, 2)
+    assert "--seed" in cli.refused(*arguments, "three", "--seed", 3, 3)
+
+
+def test_titles_that_are_no_text_are_refused(cli):
+    cli.train(epochs=1)
+    Path("x.items.txt").write_bytes(b"\xff\n")
+    assert "x.items.txt" in cli.refused("--data", "x.txt", "--recommend", 1)
 
 
 def test_run_of_other_data_is_refused(cli):

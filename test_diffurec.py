@@ -1,7 +1,8 @@
 """Tests of diffurec.py, in its order, and then of prepare_data.py.
 
-Each compares with something independent: numbers worked out by hand, a plain and slow version written
-from the paper, brute force, sampling. DIFFUREC_THOROUGH=1 asks for many more mutations and kills.
+Each compares with something independent: numbers worked out by hand, a plain and slow version
+written from the paper, brute force, sampling. DIFFUREC_THOROUGH=1 asks for many more mutations and
+kills, and for the toy run with its defaults.
 """
 
 import ast
@@ -1387,6 +1388,20 @@ def test_ctrl_c_is_status_130_and_the_run_can_be_resumed(cli):
     assert "--resume" in error
     assert cli("--data", "x.txt", "--resume") == 0
     assert_same_run("whole", "runs/x")
+
+
+def test_message_takes_the_place_of_the_live_line(cli, monkeypatch):
+    """At a terminal, interrupted while the line of an epoch stands there without its end."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(diffurec, "evaluate", interrupt)
+    assert cli("--data", "x.txt", *TINY, "--epochs", 1) == 130
+    *_, live_line, message = cli.err.split("\r\033[K")
+    assert live_line == "" or "epoch 1" in live_line
+    assert message.startswith("diffurec.py: stopped")
 
 
 def test_resume_takes_the_newest_run_of_that_data(cli):

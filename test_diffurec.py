@@ -437,7 +437,7 @@ def plain_approximate(model, history, x, s):
 
 
 def plain_algorithm_1(model, history):
-    """With alpha-bar where the paper's alpha stands, and sqrt(alpha_s) before x_s (DESIGN, row 3)."""
+    """With alpha-bar for the paper's alpha, but sqrt(alpha_s) before x_s, as Bayes' rule has it."""
     betas = diffurec.beta_schedule(model.config.schedule, model.config.steps)
 
     def bar(s):  # of s + 1 steps

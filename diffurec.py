@@ -2,8 +2,8 @@
 
 You give it sequences of items, one user a line, and it learns which item comes next: a Transformer
 reads the history while a diffusion model turns noise into the embedding of the next item. Equations
-(Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each of them to its lines
-here, and tells what the paper leaves open and what that is worth. --help shows what it can do.
+(Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each to its lines here and
+tells what the paper leaves open. --help shows what the script can do.
 
 Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids
 are 1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run
@@ -11,7 +11,7 @@ from 0 to t-1, as indices do: x_s has had noise added s+1 times, so x_0 is one s
 """
 
 import argparse
-import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -19,7 +19,7 @@ import math
 import re
 import sys
 import time
-import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -29,30 +29,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import prepare_data
-from prepare_data import METRICS, live, load_sequences, write_files
+from prepare_data import live, load_sequences, write_files
 
-FORMAT = "DiffuRec checkpoint 1"
+FORMAT = b"DiffuRec checkpoint 1"
 DATASET_SETTINGS = {"beauty": {"epochs": 20}, "ml-1m": {"max_len": 200}, "toy": {"epochs": 12}}
 
 
 def setting(default, text, *limits):
     """A field of Config, its line in --help, and its limits: lowest and highest, or the words."""
-    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
+    return field(default=default, metadata={"help": text, "limits": limits})
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
-    """The settings of a model and its training, the paper's (§5.3) where it gives them.
-    Raises ValueError on a value outside its limits."""
+    """The settings, the paper's (§5.3) where it gives them; ValueError on one beyond its limits."""
 
     steps: int = setting(32, "diffusion steps t", 1, 1000)
-    schedule: str = setting(
-        "truncated_linear", "§5.5", "truncated_linear", "linear", "cosine", "sqrt"
-    )
+    schedule: str = setting("truncated_linear", "β", "truncated_linear", "linear", "cosine", "sqrt")
     delta: float = setting(0.001, "δ of Eq. 13; 0: no noise at all", 0, 100)
-    delta_is: str = setting(
-        "variance", "what λ's second δ is (the authors' code: std)", "variance", "std"
-    )
+    delta_is: str = setting("variance", "λ's second δ, authors' code: std", "variance", "std")
     approximator: str = setting("transformer", "f_θ, §4.2 and 5.5", "transformer", "gru")
     rounding: str = setting("inner_product", "of items, Eq. 20 or 21", "inner_product", "r_star")
     hidden: int = setting(128, "embedding size d", 2, 8192)
@@ -71,7 +66,7 @@ class Config:
     seed: int = setting(1, "of all random numbers", 0, 2**63 - 1)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, limits, words = getattr(self, f.name), f.metadata["limits"], f.type is str
             if not (value in limits if words else limits[0] <= value <= limits[1]):
                 allowed = (", " if words else " to ").join(map(str, limits))
@@ -246,19 +241,16 @@ class DiffuRec(nn.Module):
     @property
     def bfloat16(self):
         """Whether matrix products round their inputs to bfloat16; their sums stay float32."""
-        device = self.item_embeddings.weight.device
-        if self.config.precision != "auto":
-            return self.config.precision == "bfloat16"
-        if device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        device = self.item_embeddings.weight.device.type
+        cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amx = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        return {"float32": False, "bfloat16": True}.get(self.config.precision, cuda or amx)
 
     def forward(self, history, target):
         """Algorithm 2, lines 10-14: the loss of a batch, a scalar. history (B, L), target (B,)."""
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             x_start = self.item_embeddings(target)
-            # s = ⌊s'⌋, s' ~ U(0, t), one for each target
-            s = torch.randint(self.config.steps, target.shape, device=target.device)
+            s = torch.randint(self.config.steps, target.shape, device=target.device)  # ⌊U(0, t)⌋
             x_s = self.diffusion.q_sample(x_start, s, torch.randn_like(x_start))
             x_hat = self.approximate(self.embed(history), history > 0, x_s, s)
             logits = x_hat @ self.item_embeddings.weight[1:].T  # (B, n_items), Eq. 18
@@ -304,8 +296,7 @@ class DiffuRec(nn.Module):
 # ---- 5. Data (§5.1): leave-one-out, the last item for the test, the one before for validation ----
 def gather_batch(sequences, starts, targets, max_len):
     """The items at `targets`, and the history of each, back to `starts` or max_len items long.
-    starts, targets (B,), positions in sequences.items -> history (B, L), target (B,), both int64.
-    """
+    starts, targets (B,), positions in sequences.items -> history (B, L), target (B,), int64."""
     lengths = np.minimum(targets - starts, max_len)
     columns = np.arange(-lengths.max(), 0)
     history = sequences.items.take(targets[:, None] + columns, mode="clip")
@@ -353,11 +344,10 @@ def ranks(scores, target):
 def metrics(rank):
     """Means over users, fractions of 1: HR@K counts the ranks within K, NDCG@K gives each of them
     1 / log2(rank + 1). rank (n_users,)."""
-    result = {}
-    for name in METRICS:
-        hit = (rank <= int(name.split("@")[1])).double()
-        gain = hit / torch.log2(rank + 1.0) if name.startswith("NDCG") else hit
-        result[name] = gain.mean().item()
+    result, gain = {}, 1 / torch.log2(rank.double() + 1)
+    for k in (5, 10, 20):
+        hit = (rank <= k).double()
+        result |= {f"HR@{k}": hit.mean().item(), f"NDCG@{k}": (hit * gain).mean().item()}
     return result
 
 
@@ -372,7 +362,7 @@ def evaluate(model, sequences, split, batch_size=512):
         for history, target in eval_batches(sequences, split, model.config.max_len, batch_size):
             scores = model.scores(model.reverse(history.to(device)))
             rank.append(ranks(scores, target.to(device)))
-    return metrics(torch.cat(rank))
+    return metrics(torch.cat(rank).cpu())
 
 
 def popularity(sequences):
@@ -387,30 +377,31 @@ def popularity(sequences):
 # ---- 7. Training (Algorithm 2, §5.3) ------------------------------------------------------------
 def save_checkpoint(path, model, sequences, **state):
     """Write the model and more, so that the file is at any moment the old or the new one, whole."""
-    about = {"format": FORMAT, "fingerprint": sequences.fingerprint, "n_items": model.n_items}
-    about |= {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    state |= {"fingerprint": sequences.fingerprint, "n_items": model.n_items}
+    state |= {"config": asdict(model.config), "model": model.state_dict()}
     buffer = io.BytesIO()  # so that a full disk is an OSError of ours, not torch's RuntimeError
-    torch.save(about | state, buffer)
-    write_files({path: [buffer.getbuffer()]})
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_files({path: [content, hashlib.sha256(FORMAT + content).digest()]})
 
 
 def load_checkpoint(path, sequences=None):
     """What save_checkpoint wrote, its "model" a DiffuRec in eval mode, all on the CPU.
-    Runs no code that the file may hold. Raises OSError, or ValueError if the file is not a whole
-    checkpoint of this program or was trained on other data than `sequences`, where they are given.
-    """
+    Runs no code that the file may hold. Raises OSError, or ValueError on a file that is not a whole
+    checkpoint of this program, or was not trained on `sequences` where they are given."""
+    content = Path(path).read_bytes()
+    content, digest = content[:-32], content[-32:]
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # the name of a member whose checksum is wrong
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if digest != hashlib.sha256(FORMAT + content).digest():
+            raise ValueError
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         model = DiffuRec(checkpoint["n_items"], Config(**checkpoint["config"])).eval()
         model.load_state_dict(checkpoint["model"])
-        if sequences and checkpoint["fingerprint"] != sequences.fingerprint:
-            raise ValueError(f"{path}: trained on other data than these")
-        return checkpoint | {"model": model}
-    except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError, zipfile.BadZipFile):
+    except (KeyError, RuntimeError, TypeError, UnpicklingError, ValueError):
         raise ValueError(f"{path}: not a whole checkpoint of this program") from None
+    if sequences and checkpoint["fingerprint"] != sequences.fingerprint:
+        raise ValueError(f"{path}: trained on other data than these")
+    return checkpoint | {"model": model}
 
 
 def best_validation(events):
@@ -488,10 +479,11 @@ def train(model, sequences, folder, events, optimizer_state=None):
 # ---- 8. Command line ----------------------------------------------------------------------------
 def parse_arguments(argv):
     """The command line; a setting of Config that is not given is not in the result."""
-    known = ", ".join(prepare_data.DATASETS)
     parser = prepare_data.Parser(usage="%(prog)s [OPTION ...]", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", help=f"toy (the default), {known}, or a file in the data format")
+    add(
+        "--data", help="toy (the default), beauty, toys, ml-1m, steam, or a file in the data format"
+    )
     add("--data-dir", type=Path, default="data", help="where prepared files lie (default: data)")
     add("--out", type=Path, help="the run's folder (default: runs/NAME, runs/NAME-2, ...)")
     add("--device", help="any of PyTorch's (default: cuda if there is one, else cpu)")
@@ -502,7 +494,7 @@ def parse_arguments(argv):
     add("--recommend", type=int, metavar="USER", help="ten items for the user in that line")
     add("--history", type=int, nargs="+", metavar="ID", help="ten items after these, oldest first")
     group = parser.add_argument_group("settings; --seed takes several, for a run each")
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         words = f": {', '.join(f.metadata['limits'])}" if f.type is str else ""
         group.add_argument(
             "--" + f.name.replace("_", "-"),
@@ -515,8 +507,13 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        args.device = torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError):  # unknown to PyTorch, or not in this machine
+        args.device = torch.device(name)
+        torch.zeros(1, device=args.device).item()
+    except (
+        AssertionError,
+        ImportError,
+        RuntimeError,
+    ):  # unknown to PyTorch, or not in this machine
         raise ValueError(f"--device {name}: PyTorch cannot use it here") from None
     return args
 
@@ -524,9 +521,10 @@ def parse_arguments(argv):
 def run_folder(name, out, new):
     """--out or, of runs/NAME, runs/NAME-2, ..., the first that is free, made here, for a new run,
     else the one written to last. Raises ValueError if --out holds a run, or no run is there."""
-    same = re.compile(re.escape(name) + r"(-\d+)?")
-    runs = [folder for folder in Path("runs").glob("*") if same.fullmatch(folder.name)]
-    last = out or max(runs, key=lambda run: run.stat().st_mtime, default=Path("runs") / name)
+    logs = Path("runs").glob("*/log.jsonl")
+    runs = [(log.parent.stat().st_mtime_ns, len(log.parent.name), log.parent) for log in logs]
+    runs = [run for run in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", run[-1].name)]
+    last = out or max(runs, default=[Path("runs") / name])[-1]
     if not new and (last / "log.jsonl").exists():
         return last
     for number in itertools.count(1) if new else ():
@@ -543,16 +541,14 @@ def run_folder(name, out, new):
 
 def write_log(folder, events):
     """All events, one JSON object a line; written anew each time, so that the file is whole."""
-    lines = [json.dumps(event).encode() + b"\n" for event in events]
-    write_files({folder / "log.jsonl": lines})
+    write_files({folder / "log.jsonl": [json.dumps(e).encode() + b"\n" for e in events]})
 
 
 def run_training(model, name, path, sequences, folder, events, optimizer_state=None):
     """Train one seed, from the start or on from `events`; then score the test split, once.
     Returns the test metrics, and prints them beside what there is to compare them with."""
     config, device = model.config, model.item_embeddings.weight.device
-    settings = dataclasses.asdict(config)
-    events[:1] = [{"event": "start", "data": name, "path": str(path), "config": settings}]
+    events[:1] = [{"event": "start", "data": name, "path": str(path), "config": asdict(config)}]
     for leftover in folder.glob("*.tmp"):  # a file that was being written when the run was killed
         leftover.unlink()
     write_log(folder, events)
@@ -560,6 +556,7 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
     parameters = sum(p.numel() for p in model.parameters())
     products = "bfloat16" if model.bfloat16 else "float32"
     print(f"data     {path}: {users:,} users, {items:,} items, {actions:,} actions")
+    print(f"         {sequences.skipped:,} users skipped, who have fewer than three items")
     print(f"model    {config.approximator}, {parameters:,} parameters, seed {config.seed}")
     print(f"device   {device}, {torch.get_num_threads()} threads, matrix products in {products}")
     print(f"run      {folder}{', finished' * (events[-1]['event'] == 'test')}", flush=True)
@@ -587,8 +584,8 @@ def print_evaluation(model, sequences, name):
     history, begin = history.to(model.item_embeddings.weight.device), time.perf_counter()
     for _ in range(10):
         model.recommend(history, 1)[0].tolist()  # tolist waits for a GPU
-    milliseconds = 1000 * (time.perf_counter() - begin) / 10
-    print(f"\none user's reversal: {milliseconds:.1f} ms, {model.config.steps} steps")
+    seconds = (time.perf_counter() - begin) / 10
+    print(f"\none user's reversal: {1000 * seconds:.1f} ms, {model.config.steps} steps")
 
 
 @torch.no_grad()
@@ -599,7 +596,6 @@ def print_recommendations(model, sequences, history, names):
     names = prepare_data.load_names(names) if names.exists() else []
     repeated = torch.tensor([history] * 100, device=model.item_embeddings.weight.device)
     repeated = repeated[:, -model.config.max_len :]
-    torch.manual_seed(model.config.seed)
     top = model.recommend(repeated, min(20, model.n_items))[0]
     best = top[0, :10].tolist()
     for item, new in [*((item, " ") for item in history[-10:]), *((item, "+") for item in best)]:
@@ -619,7 +615,11 @@ def run(args):
     name, folder, events, start, checkpoint = Path(args.data or "toy").stem, None, [], {}, {}
     if using or args.resume:
         folder = run_folder(name, args.out, new=False)
-        events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        try:
+            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            events = [event for event in map(json.loads, lines) if event["event"]]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder}/log.jsonl: not a log of this program") from None
         start = events[0] if events else {}  # none: killed before the first line was written
     name = Path(args.data or start.get("data", name)).stem
     path = prepare_data.find_data(args.data or start.get("path", name), args.data_dir)
@@ -628,13 +628,16 @@ def run(args):
         raise ValueError(f"{path}: no user has four items or more, there is nothing to train on")
     if using or args.resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder / ("best.pt" if using else "last.pt"), sequences)
-        start["config"] = dataclasses.asdict(checkpoint["model"].config)
-
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+        start["config"] = asdict(checkpoint["model"].config)
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     settings = start.get("config", DATASET_SETTINGS.get(name, {}))
     seeds = given.pop("seed", [settings.get("seed", Config.seed)])
-    if folder and len(seeds) > 1:
-        raise ValueError("--seed: one seed for one run that is there")
+    if len(seeds) > 1 and (
+        folder or len(set(seeds)) < len(seeds) or args.out and args.out.exists()
+    ):
+        raise ValueError(
+            "--seed: several make new runs: all of them different, --out not there yet"
+        )
     configs = [Config(**settings | given | {"seed": seed}) for seed in seeds]
     free = ("rounding", "batch_size", "precision", "seed") if using else ("epochs", "patience")
     for key, value in start.get("config", {}).items():
@@ -644,8 +647,7 @@ def run(args):
     for config in configs:
         torch.manual_seed(config.seed)
         model = checkpoint.get("model") or DiffuRec(sequences.n_items, config)
-        model.config = config
-        model.to(args.device)
+        model.to(args.device).config = config
         if args.evaluate:
             return print_evaluation(model, sequences, name)
         if using:
@@ -657,10 +659,7 @@ def run(args):
         state = checkpoint.get("optimizer")
         results.append(run_training(model, name, path, sequences, here, events[:], state))
     if len(results) > 1:
-        values = np.array([[result[metric] for metric in METRICS] for result in results])
-        rows = {"mean": values.mean(0), "standard deviation": values.std(0, ddof=1)}
-        rows = {label: dict(zip(METRICS, row)) for label, row in rows.items()}
-        prepare_data.print_table(f"test, {len(results)} seeds, in %", rows, name)
+        prepare_data.print_seeds(results, name)
 
 
 def main(argv=None):
@@ -672,6 +671,7 @@ def main(argv=None):
         status, message = 130, "stopped; what is saved is kept, --resume goes on from there"
     except (FloatingPointError, OSError, ValueError) as error:
         status, message = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
+    live("")
     print(f"diffurec.py: {message}", file=sys.stderr)
     return status
 

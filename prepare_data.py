@@ -84,6 +84,14 @@ def print_table(title, rows, name=None) -> None:
         print(f"{label:28}", *(f"{100 * row[metric]:8.4f}" for metric in METRICS))
 
 
+def print_seeds(results, name) -> None:
+    """Mean and standard deviation of the test metrics of several runs (§5.3)."""
+    values = np.array([[result[metric] for metric in METRICS] for result in results])
+    rows = {"mean": values.mean(0), "standard deviation": values.std(0, ddof=1)}
+    rows = {label: dict(zip(METRICS, row)) for label, row in rows.items()}
+    print_table(f"test, {len(results)} seeds, in %", rows, name)
+
+
 # ------------------------------------------------------------------------------- the data format
 
 MIN_LENGTH = 3  # leave-one-out (§5.1) needs an item each to train on, to validate and to test

@@ -377,8 +377,8 @@ def popularity(sequences):
 # ---- 7. Training (Algorithm 2, §5.3) ------------------------------------------------------------
 def save_checkpoint(path, model, sequences, **state):
     """Write the model and more, so that the file is at any moment the old or the new one, whole."""
-    state |= {"fingerprint": sequences.fingerprint, "n_items": model.n_items}
-    state |= {"config": asdict(model.config), "model": model.state_dict()}
+    state = {"fingerprint": sequences.fingerprint, "n_items": model.n_items} | state
+    state = {"config": asdict(model.config), "model": model.state_dict()} | state
     buffer = io.BytesIO()  # so that a full disk is an OSError of ours, not torch's RuntimeError
     torch.save(state, buffer)
     content = buffer.getvalue()

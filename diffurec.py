@@ -1,13 +1,13 @@
-"""DiffuRec: A Diffusion Model for Sequential Recommendation, in one file, in the paper's order.
+"""DiffuRec: A Diffusion Model for Sequential Recommendation, in one file.
 
 You give it sequences of items, one user a line, and it learns which item comes next: a Transformer
 reads the history while a diffusion model turns noise into the embedding of the next item. Equations
-(Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each to its lines here and
-tells what the paper leaves open. --help shows what the script can do.
+(Eq.), algorithms, sections (§) and tables are the paper's; README.md maps each to its lines here.
 
 Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids
 are 1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run
-from 0 to t-1, as indices do: x_s has had noise added s+1 times, so x_0 is one step from e_{n+1}.
+from 0 to t-1, as indices do: x_s has had noise added s+1 times. It is §3's x_{s+1}, and the x_s of
+§4.3, whose x_0 is one step from e_{n+1}.
 """
 
 import argparse
@@ -42,12 +42,14 @@ def setting(default, text, *limits):
 
 @dataclass
 class Config:
-    """The settings, the paper's (§5.3) where it gives them; ValueError on one beyond its limits."""
+    """The settings, the paper's (§5) but for embedding_dropout; ValueError on one beyond limits."""
 
     steps: int = setting(32, "diffusion steps t", 1, 1000)
     schedule: str = setting("truncated_linear", "β", "truncated_linear", "linear", "cosine", "sqrt")
     delta: float = setting(0.001, "δ of Eq. 13; 0: no noise at all", 0, 100)
-    delta_is: str = setting("variance", "λ's second δ, authors' code: std", "variance", "std")
+    delta_is: str = setting(
+        "variance", "what λ's second δ is; the released code: std", "variance", "std"
+    )
     approximator: str = setting("transformer", "f_θ, §4.2 and 5.5", "transformer", "gru")
     rounding: str = setting("inner_product", "of items, Eq. 20 or 21", "inner_product", "r_star")
     hidden: int = setting(128, "embedding size d", 2, 8192)
@@ -70,16 +72,16 @@ class Config:
             value, limits, words = getattr(self, f.name), f.metadata["limits"], f.type is str
             if not (value in limits if words else limits[0] <= value <= limits[1]):
                 allowed = (", " if words else " to ").join(map(str, limits))
-                raise ValueError(f"--{f.name.replace('_', '-')} {value}: not one of {allowed}")
+                raise ValueError(f"--{f.name.replace('_', '-')} {value}: allowed are {allowed}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"--hidden {self.hidden}: not even, or not a multiple of --heads")
+            raise ValueError(f"--hidden {self.hidden}: must be even and a multiple of --heads")
 
 
 # ---- 1. Noise schedule (§4.3, Eq. 14; the others of §5.5) ---------------------------------------
 def beta_schedule(name, steps):
     """β_s for s = 1..t, the variance of the noise that each step adds: float64 (steps,), in (0, 1).
     `truncated_linear` is Eq. 14 with τ = 1, and a = 20/t and b = 0.01, which the paper does not
-    give; `linear` is improved-diffusion's, `cosine` Nichol and Dhariwal's, `sqrt` Diffusion-LM's.
+    give; `linear` is DDPM's scaled to t, `cosine` improved diffusion's, `sqrt` Diffusion-LM's.
     """
     s = np.arange(1, steps + 1)
     if name == "truncated_linear":
@@ -175,7 +177,8 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Eq. 12: f_θ, a stack of blocks; x̂_0 is h_n, what the last layer makes of the last item."""
+    """Eq. 12: f_θ, blocks without a causal mask or positions: it sees the last item and the set of
+    those before. x̂_0 is h_n, what the last block makes of the last item."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +219,7 @@ class DiffuRec(nn.Module):
     def __init__(self, n_items, config):
         super().__init__()
         self.n_items, self.config = n_items, config
-        self.item_embeddings = nn.Embedding(n_items + 1, config.hidden, padding_idx=0)
+        self.item_embeddings = nn.Embedding(n_items + 1, config.hidden, padding_idx=0)  # 0: masked
         nn.init.normal_(self.item_embeddings.weight, std=config.embedding_std)
         self.embedding_norm = nn.LayerNorm(config.hidden)
         self.embedding_dropout = Dropout(config.embedding_dropout)
@@ -224,7 +227,7 @@ class DiffuRec(nn.Module):
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
 
     def embed(self, history):
-        """e_1..e_n of a history, after dropout and LayerNorm. (B, L) -> (B, L, d)."""
+        """e_1..e_n after dropout and LayerNorm, which e_{n+1} does not get. (B, L) -> (B, L, d)."""
         return self.embedding_norm(self.embedding_dropout(self.item_embeddings(history)))
 
     def approximate(self, e, mask, x, s):
@@ -240,7 +243,7 @@ class DiffuRec(nn.Module):
 
     @property
     def bfloat16(self):
-        """Whether matrix products round their inputs to bfloat16; their sums stay float32."""
+        """Whether matrix products take and give bfloat16, summing in float32 all the same."""
         device = self.item_embeddings.weight.device.type
         cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amx = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -257,8 +260,8 @@ class DiffuRec(nn.Module):
         return F.cross_entropy(logits.float(), target - 1)  # Eq. 19
 
     def reverse(self, history):
-        """Algorithm 1, Eq. 16-17: from noise x_t to x_0, led by the history. (B, L) -> (B, d).
-        In eval mode too x_t, λ and ε' are random: two calls give two x_0."""
+        """Algorithm 1, Eq. 16-17, its steps t..1 here t-1..0: from noise to its x_0, an estimate of
+        e_{n+1}. (B, L) -> (B, d). x_t, λ and ε' are random in eval mode too."""
         with torch.autocast(history.device.type, torch.bfloat16, self.bfloat16):
             e, mask = self.embed(history), history > 0
             x = torch.randn(len(history), self.config.hidden, device=history.device)
@@ -287,7 +290,7 @@ class DiffuRec(nn.Module):
         if not real[:, -1:].any(1).all() or (real[:, :-1] > real[:, 1:]).any():
             raise ValueError("a history needs an item, and its padding on the left")
         if not 0 <= history.min() <= history.max() <= self.n_items or not 1 <= k <= self.n_items:
-            raise ValueError(f"item ids and k are at most {self.n_items}, k at least 1")
+            raise ValueError(f"item ids are 1 to {self.n_items} (0 pads), and so is k")
         self.eval()
         scores, index = self.scores(self.reverse(history[:, -self.config.max_len :])).topk(k)
         return index + 1, scores
@@ -354,7 +357,7 @@ def metrics(rank):
 @torch.no_grad()
 def evaluate(model, sequences, split, batch_size=512):
     """Metrics of one reversal for each user; split "validation" or "test".
-    Seeded: the same model and seed give the same numbers. Leaves the model in eval mode."""
+    Seeded: the same model, seed and batch_size give the same numbers. Leaves it in eval mode."""
     model.eval()
     device, rank = model.item_embeddings.weight.device, []
     with torch.random.fork_rng(devices=[]):
@@ -420,7 +423,7 @@ def scored(model, sequences, split, epoch):
 
 
 def train_epoch(model, sequences, optimizer, epoch):
-    """One pass over all samples, the loop of Algorithm 2. Returns the mean loss (Eq. 19).
+    """One pass over all samples, an epoch of Algorithm 2. Returns the mean loss (Eq. 19).
     All randomness follows from (seed, epoch), so a resumed run goes on as if never interrupted."""
     config, device, begin = model.config, model.item_embeddings.weight.device, time.perf_counter()
     rng = np.random.default_rng([config.seed, epoch])
@@ -509,11 +512,7 @@ def parse_arguments(argv):
     try:
         args.device = torch.device(name)
         torch.zeros(1, device=args.device).item()
-    except (
-        AssertionError,
-        ImportError,
-        RuntimeError,
-    ):  # unknown to PyTorch, or not in this machine
+    except (AssertionError, ImportError, RuntimeError):  # unknown to PyTorch, or not here
         raise ValueError(f"--device {name}: PyTorch cannot use it here") from None
     return args
 
@@ -564,7 +563,7 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
         train(model, sequences, folder, events, optimizer_state)
         best = load_checkpoint(folder / "best.pt", sequences)
         events.append({"event": "popularity"} | popularity(sequences))
-        if name == "toy":
+        if np.array_equal(sequences.items, np.concatenate(prepare_data.make_toy())):
             events.append({"event": "ceiling"} | prepare_data.toy_ceiling())
         events.append(scored(best["model"].to(device), sequences, "test", best["epoch"]))
         write_log(folder, events)
@@ -639,7 +638,8 @@ def run(args):
             "--seed: several make new runs: all of them different, --out not there yet"
         )
     configs = [Config(**settings | given | {"seed": seed}) for seed in seeds]
-    free = ("rounding", "batch_size", "precision", "seed") if using else ("epochs", "patience")
+    more = () if events and events[-1]["event"] == "test" else ("epochs", "patience")
+    free = ("rounding", "batch_size", "precision", "seed") if using else more
     for key, value in start.get("config", {}).items():
         if key not in free and any(getattr(config, key) != value for config in configs):
             raise ValueError(f"--{key.replace('_', '-')}: {folder} was made with {value}")

@@ -360,7 +360,12 @@ def parse_time(text) -> tuple[str, float]:
     try:
         return "a number", float(text)
     except ValueError:
-        moment = datetime.fromisoformat(text)  # raises ValueError
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        what = "neither a number nor an ISO 8601 date (or is line 1 a header of unknown names?)"
+        raise ValueError(f"{text!r} is {what}") from None
     if moment.tzinfo:
         return "a date with a time zone", moment.timestamp()
     return "a date without a time zone", (moment - datetime(1970, 1, 1)).total_seconds()
@@ -391,7 +396,7 @@ def read_log(path):
                     continue
                 width, columns = 3, [0, 1, 2]  # of four, the third might be a rating
             if len(row) != width:
-                raise ValueError(f"{len(row)} columns instead of {width}")
+                raise ValueError(f"{len(row)} columns instead of {width}, by commas or tabs")
             user, item, when = (row[column].strip() for column in columns)
             if not (user and item):
                 raise ValueError("the user or the item is missing")
@@ -597,7 +602,9 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
     live("")
     users, items, times = np.array(users), np.array(items), np.array(times)
     rows = k_core(users, items, core or (5 if dataset else 1))
-    rows = rows[np.lexsort((times[rows], users[rows]))]  # stable: file order breaks ties (row 18)
+    rows = rows[
+        np.lexsort((times[rows], users[rows]))
+    ]  # stable: file order breaks ties (README, divergence 18)
     if dataset and dataset.unique:
         pairs = users[rows].astype(np.int64) * len(item_number) + items[rows]
         first = np.sort(np.unique(pairs, return_index=True)[1])

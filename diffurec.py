@@ -6,16 +6,17 @@ reads the history while a diffusion model turns noise into the embedding of the 
 
 Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids
 are 1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run
-from 0 to t-1, as indices do: x_s has had noise added s+1 times. It is §3's x_{s+1}, and the x_s of
-§4.3, whose x_0 is one step from e_{n+1}.
+from 0 to t-1, as indices do: s here is §4.3's s, and the s-1 of §3 and of Algorithm 1.
 """
 
 import argparse
+import ctypes
 import hashlib
 import io
 import itertools
 import json
 import math
+import platform
 import re
 import sys
 import time
@@ -30,6 +31,12 @@ from torch import nn
 
 import prepare_data
 from prepare_data import live, load_sequences, write_files
+
+if platform.libc_ver()[0] == "glibc":
+    # Keep freed memory: glibc would return it to the kernel, and getting it back page by page for
+    # every batch takes a third of the training time on a CPU. It changes no result.
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+    ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 FORMAT = b"DiffuRec checkpoint 1"
 DATASET_SETTINGS = {"beauty": {"epochs": 20}, "ml-1m": {"max_len": 200}, "toy": {"epochs": 12}}
@@ -120,15 +127,14 @@ class Diffusion(nn.Module):
 
     def q_sample(self, x_start, s, noise):
         """Eq. 2 and 15: x_s ~ q(x_s | x_start), given standard normal noise.
-        x_start and noise (B, d), s (B,) in 0..t-1. x_start is e_{n+1}: the "one step" from there to
-        x_0 (§4.3) and the s steps from x_0 to x_s are one draw with ᾱ_s."""
+        x_start = e_{n+1} and noise (B, d), s (B,). §4.3's "one step" from there to x_0 and the s
+        steps to x_s are one draw with ᾱ_s."""
         noise = self.sqrt_one_minus_alphas_cumprod[s, None] * noise
         return self.sqrt_alphas_cumprod[s, None] * x_start + noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start); s (B,) in 0..t-1.
-        Eq. 5 prints √ᾱ_s before x_s; the mean that Bayes' rule gives has √α_s, as here. At s = 0
-        the mean is x_start and the variance 0: the last step of a reversal adds no noise."""
+        Eq. 5 prints √ᾱ_s before x_s; Bayes' rule gives √α_s. At s = 0 the variance is 0."""
         coef1, coef2 = self.posterior_mean_coef1[s, None], self.posterior_mean_coef2[s, None]
         return coef1 * x_start + coef2 * x_s, self.posterior_variance[s, None]
 
@@ -152,8 +158,7 @@ class Dropout(nn.Dropout):
 
 
 class TransformerBlock(nn.Module):
-    """Multi-head self-attention and a ReLU feed-forward network (§4.2), each with LayerNorm before
-    it (pre-norm), dropout and a residual connection after it."""
+    """Self-attention, then a ReLU feed-forward network (§4.2), both pre-norm, dropout, residual."""
 
     def __init__(self, config):
         super().__init__()
@@ -204,9 +209,8 @@ class GRU(nn.Module):
             nn.init.xavier_normal_(weight)
 
     def forward(self, z, mask):
-        """z (B, L, d), mask (B, L) -> x̂_0 (B, d)."""
+        """z (B, L, d), mask (B, L) -> x̂_0 (B, d). Items move to the front, before any padding."""
         length = mask.sum(1)
-        # Items to the front, padding behind them: none comes before the state that is read.
         index = torch.arange(z.shape[1], device=z.device) + (z.shape[1] - length)[:, None]
         z = z.gather(1, index.clamp(max=z.shape[1] - 1)[:, :, None].expand_as(z))
         return self.gru(z)[0][torch.arange(len(z), device=z.device), length - 1]
@@ -336,9 +340,8 @@ def eval_batches(sequences, split, max_len, batch_size):
 
 # ---- 6. Evaluation (§5.1): HR and NDCG at 5, 10 and 20 over all items ---------------------------
 def ranks(scores, target):
-    """The rank of each target among all items, from 1: scores (B, n_items), target (B,) -> (B,).
-    Ties count against the model: all scores equal means the last rank. Raises FloatingPointError
-    on a score that is not finite, which has no rank."""
+    """The rank of each target among all items, from 1; ties count against the model. scores
+    (B, n_items), target (B,) -> (B,). FloatingPointError on a score that is not finite."""
     if not scores.isfinite().all():
         raise FloatingPointError("a score is not finite")
     return (scores >= scores.gather(1, target[:, None] - 1)).sum(1)
@@ -393,11 +396,10 @@ def load_checkpoint(path, sequences=None):
     Runs no code that the file may hold. Raises OSError, or ValueError on a file that is not a whole
     checkpoint of this program, or was not trained on `sequences` where they are given."""
     content = Path(path).read_bytes()
-    content, digest = content[:-32], content[-32:]
     try:
-        if digest != hashlib.sha256(FORMAT + content).digest():
+        if content[-32:] != hashlib.sha256(FORMAT + content[:-32]).digest():
             raise ValueError
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         model = DiffuRec(checkpoint["n_items"], Config(**checkpoint["config"])).eval()
         model.load_state_dict(checkpoint["model"])
     except (KeyError, RuntimeError, TypeError, UnpicklingError, ValueError):
@@ -446,9 +448,8 @@ def train_epoch(model, sequences, optimizer, epoch):
 
 
 def train(model, sequences, folder, events, optimizer_state=None):
-    """Train until `epochs`, or until `patience` validations came after the best NDCG@10.
-    Keeps best.pt (of the best validation), last.pt and log.jsonl (the events) in folder. Raises
-    FloatingPointError when the loss or a weight is not finite, before it would save them."""
+    """Train to `epochs`, or `patience` validations after the best NDCG@10. Keeps best.pt, last.pt,
+    log.jsonl in folder; FloatingPointError, before it saves, if loss or weights are not finite."""
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if optimizer_state:
@@ -543,7 +544,7 @@ def write_log(folder, events):
     write_files({folder / "log.jsonl": [json.dumps(e).encode() + b"\n" for e in events]})
 
 
-def run_training(model, name, path, sequences, folder, events, optimizer_state=None):
+def run_training(model, name, path, sequences, folder, events, checkpoint):
     """Train one seed, from the start or on from `events`; then score the test split, once.
     Returns the test metrics, and prints them beside what there is to compare them with."""
     config, device = model.config, model.item_embeddings.weight.device
@@ -560,7 +561,7 @@ def run_training(model, name, path, sequences, folder, events, optimizer_state=N
     print(f"device   {device}, {torch.get_num_threads()} threads, matrix products in {products}")
     print(f"run      {folder}{', finished' * (events[-1]['event'] == 'test')}", flush=True)
     if events[-1]["event"] != "test":
-        train(model, sequences, folder, events, optimizer_state)
+        train(model, sequences, folder, events, checkpoint.get("optimizer"))
         best = load_checkpoint(folder / "best.pt", sequences)
         events.append({"event": "popularity"} | popularity(sequences))
         if np.array_equal(sequences.items, np.concatenate(prepare_data.make_toy())):
@@ -593,8 +594,8 @@ def print_recommendations(model, sequences, history, names):
     if not 1 <= min(history) <= max(history) <= sequences.n_items:
         raise ValueError(f"--history: item ids are 1 to {sequences.n_items}")
     names = prepare_data.load_names(names) if names.exists() else []
-    repeated = torch.tensor([history] * 100, device=model.item_embeddings.weight.device)
-    repeated = repeated[:, -model.config.max_len :]
+    latest, device = history[-model.config.max_len :], model.item_embeddings.weight.device
+    repeated = torch.tensor([latest] * 100, device=device)
     top = model.recommend(repeated, min(20, model.n_items))[0]
     best = top[0, :10].tolist()
     for item, new in [*((item, " ") for item in history[-10:]), *((item, "+") for item in best)]:
@@ -656,8 +657,7 @@ def run(args):
         out = args.out / f"seed-{config.seed}" if args.out and len(configs) > 1 else args.out
         here = folder or run_folder(name, out, new=True)
         events = [e for e in events if e.get("epoch", 0) <= checkpoint.get("epoch", 0)]
-        state = checkpoint.get("optimizer")
-        results.append(run_training(model, name, path, sequences, here, events[:], state))
+        results.append(run_training(model, name, path, sequences, here, events[:], checkpoint))
     if len(results) > 1:
         prepare_data.print_seeds(results, name)
 

@@ -1431,6 +1431,19 @@ def test_resume_clears_what_a_kill_left_half_written(cli):
     assert snapshot("runs") == before
 
 
+def test_finished_run_is_not_extended(cli):
+    """Its test split has been scored: more epochs would be chosen by somebody who has seen it."""
+    cli.train(epochs=1)
+    assert "--epochs" in cli.refused("--data", "x.txt", "--resume", "--epochs", 3)
+
+
+def test_file_that_is_only_called_toy_has_no_ceiling(cli):
+    Path("toy.txt").write_bytes(Path("x.txt").read_bytes())
+    cli.train(data="toy.txt", epochs=1)
+    assert "ceiling" not in cli.out
+    assert "ceiling" not in {event["event"] for event in events_of("runs/toy")}
+
+
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(cli):
     cli.train()
     before = snapshot("runs")

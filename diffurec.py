@@ -6,7 +6,7 @@ reads the history while a diffusion model turns noise into the embedding of the 
 
 Symbols: B users or samples in a batch, L items in a history, d = `hidden`, t = `steps`. Item ids
 are 1..n_items, 0 is padding; `history` is (B, L), padded on the left; `target` is (B,). Steps s run
-from 0 to t-1, as indices do: s here is §4.3's s, and the s-1 of §3 and of Algorithm 1.
+from 0 to t-1, as indices do: the s that §4.3 draws, and the s-1 of §3, Eq. 14 and Algorithm 1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from prepare_data import live, load_sequences, write_files
 
 if platform.libc_ver()[0] == "glibc":
     # Keep freed memory: glibc would return it to the kernel, and getting it back page by page for
-    # every batch takes a third of the training time on a CPU. It changes no result.
+    # every batch takes up to a third of the training time on a CPU. It changes no result.
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
     ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
@@ -49,7 +49,7 @@ def setting(default, text, *limits):
 
 @dataclass
 class Config:
-    """The settings, the paper's (§5) but for embedding_dropout; ValueError on one beyond limits."""
+    """The settings, as in §5 where it has them but for embedding_dropout; ValueError off limits."""
 
     steps: int = setting(32, "diffusion steps t", 1, 1000)
     schedule: str = setting("truncated_linear", "β", "truncated_linear", "linear", "cosine", "sqrt")
@@ -134,7 +134,7 @@ class Diffusion(nn.Module):
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start); s (B,) in 0..t-1.
-        Eq. 5 prints √ᾱ_s before x_s; Bayes' rule gives √α_s. At s = 0 the variance is 0."""
+        Eq. 5 prints √ᾱ_s before x_s; Bayes' rule gives √α_s. At s = 0: x_start, variance 0."""
         coef1, coef2 = self.posterior_mean_coef1[s, None], self.posterior_mean_coef2[s, None]
         return coef1 * x_start + coef2 * x_s, self.posterior_variance[s, None]
 
@@ -182,8 +182,8 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Eq. 12: f_θ, blocks without a causal mask or positions: it sees the last item and the set of
-    those before. x̂_0 is h_n, what the last block makes of the last item."""
+    """Eq. 12: f_θ, blocks without a causal mask or positions: in which order the items before the
+    last stand is not seen. x̂_0 is h_n, what the last block makes of the last item."""
 
     def __init__(self, config):
         super().__init__()
@@ -281,8 +281,8 @@ class DiffuRec(nn.Module):
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
-        # Eq. 21 subtracts a vector from a number; with its norms squared it is 2 cos(x_0, e_i) - 2,
-        # the negative squared distance of x_0/|x_0| and e_i/|e_i|.
+        # Eq. 21 subtracts the vectors x_0/|x_0| and e_i/|e_i| from a number. With their squared
+        # norms, 1 and 1, it is 2 cos(x_0, e_i) - 2, their negative squared distance.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
@@ -595,16 +595,16 @@ def print_recommendations(model, sequences, history, names):
         raise ValueError(f"--history: item ids are 1 to {sequences.n_items}")
     names = prepare_data.load_names(names) if names.exists() else []
     latest, device = history[-model.config.max_len :], model.item_embeddings.weight.device
-    repeated = torch.tensor([latest] * 100, device=device)
-    top = model.recommend(repeated, min(20, model.n_items))[0]
+    x_0 = model.reverse(torch.tensor([latest] * 100, device=device))
+    top = model.scores(x_0).topk(min(20, model.n_items))[1] + 1
     best = top[0, :10].tolist()
     for item, new in [*((item, " ") for item in history[-10:]), *((item, "+") for item in best)]:
         note = "  (in the history)" if new == "+" and item in history else ""
         print(f"{new}{item:>8}  {''.join(names[item - 1 : item])}{note}")
     users = np.random.default_rng(model.config.seed).choice(sequences.n_users, 100)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - 1
-    others = gather_batch(sequences, starts, ends, model.config.max_len)[0].to(top.device)
-    near, far = (F.pdist(model.reverse(h)).mean() for h in (repeated, others))
+    others = gather_batch(sequences, starts, ends, model.config.max_len)[0].to(device)
+    near, far = F.pdist(x_0).mean(), F.pdist(model.reverse(others)).mean()
     print(f"100 reversals: {len(top.unique())} different items in their top {top.shape[1]};")
     print(f"mean distance of their x_0 {near:.3g}, of those of 100 random users {far:.3g}")
 

@@ -602,9 +602,8 @@ def prepare(name, data_dir, raw=None, core=None) -> Path:
     live("")
     users, items, times = np.array(users), np.array(items), np.array(times)
     rows = k_core(users, items, core or (5 if dataset else 1))
-    rows = rows[
-        np.lexsort((times[rows], users[rows]))
-    ]  # stable: file order breaks ties (README, divergence 18)
+    # Stable: where times tie, the file's order stays (row 18 of the README's table).
+    rows = rows[np.lexsort((times[rows], users[rows]))]
     if dataset and dataset.unique:
         pairs = users[rows].astype(np.int64) * len(item_number) + items[rows]
         first = np.sort(np.unique(pairs, return_index=True)[1])

@@ -1572,6 +1572,7 @@ def test_recommendations_are_those_of_the_model_and_what_100_reversals_reach(cli
     torch.manual_seed(model.config.seed)
     top = model.recommend(torch.tensor([history[-3:]] * 100), 20)[0]
     assert f"{len(set(top.flatten().tolist()))} different items" in cli.out
+    torch.manual_seed(model.config.seed)
     with torch.no_grad():
         x_0 = model.reverse(torch.tensor([history[-3:]] * 100)).double()
     distances = [(a - b).square().sum().sqrt() for a, b in itertools.combinations(x_0, 2)]

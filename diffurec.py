@@ -54,9 +54,7 @@ class Config:
     steps: int = setting(32, "diffusion steps t", 1, 1000)
     schedule: str = setting("truncated_linear", "β", "truncated_linear", "linear", "cosine", "sqrt")
     delta: float = setting(0.001, "δ of Eq. 13; 0: no noise at all", 0, 100)
-    delta_is: str = setting(
-        "variance", "what λ's second δ is; the released code: std", "variance", "std"
-    )
+    delta_is: str = setting("variance", "λ's second δ; released code: std", "variance", "std")
     approximator: str = setting("transformer", "f_θ, §4.2 and 5.5", "transformer", "gru")
     rounding: str = setting("inner_product", "of items, Eq. 20 or 21", "inner_product", "r_star")
     hidden: int = setting(128, "embedding size d", 2, 8192)
@@ -358,15 +356,19 @@ def metrics(rank):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, split, batch_size=512):
+def evaluate(model, sequences, split, batch_size=512, exclude_history=False):
     """Metrics of one reversal for each user; split "validation" or "test".
-    Seeded: the same model, seed and batch_size give the same numbers. Leaves it in eval mode."""
+    Seeded: the same model, seed and batch_size give the same numbers. Leaves it in eval mode.
+    All items are ranked; with exclude_history, those of the history come last, the target too."""
     model.eval()
     device, rank = model.item_embeddings.weight.device, []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.config.seed)
         for history, target in eval_batches(sequences, split, model.config.max_len, batch_size):
-            scores = model.scores(model.reverse(history.to(device)))
+            history = history.to(device)
+            scores = model.scores(model.reverse(history))
+            if exclude_history:  # column 0 takes what the padding scatters
+                scores = F.pad(scores, (1, 0)).scatter(1, history, -1e30)[:, 1:]
             rank.append(ranks(scores, target.to(device)))
     return metrics(torch.cat(rank).cpu())
 
@@ -485,9 +487,7 @@ def parse_arguments(argv):
     """The command line; a setting of Config that is not given is not in the result."""
     parser = prepare_data.Parser(usage="%(prog)s [OPTION ...]", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add(
-        "--data", help="toy (the default), beauty, toys, ml-1m, steam, or a file in the data format"
-    )
+    add("--data", help="toy (default), beauty, toys, ml-1m, steam, or a file in the data format")
     add("--data-dir", type=Path, default="data", help="where prepared files lie (default: data)")
     add("--out", type=Path, help="the run's folder (default: runs/NAME, runs/NAME-2, ...)")
     add("--device", help="any of PyTorch's (default: cuda if there is one, else cpu)")
@@ -578,8 +578,10 @@ def run_training(model, name, path, sequences, folder, events, checkpoint):
 def print_evaluation(model, sequences, name):
     """Metrics on both splits, and how long the reversal of one user's history takes (§5.7)."""
     for split in ("validation", "test"):
-        result = evaluate(model, sequences, split, model.config.batch_size)
-        prepare_data.print_table("in %", {split: result}, name if split == "test" else None)
+        arguments = model, sequences, split, model.config.batch_size
+        rows = {split: evaluate(*arguments)}
+        rows["the history's items last"] = evaluate(*arguments, exclude_history=True)
+        prepare_data.print_table("in %", rows, name if split == "test" else None)
     history = torch.from_numpy(sequences.items[: sequences.offsets[1]])[None]
     history, begin = history.to(model.item_embeddings.weight.device), time.perf_counter()
     for _ in range(10):
@@ -632,12 +634,9 @@ def run(args):
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     settings = start.get("config", DATASET_SETTINGS.get(name, {}))
     seeds = given.pop("seed", [settings.get("seed", Config.seed)])
-    if len(seeds) > 1 and (
-        folder or len(set(seeds)) < len(seeds) or args.out and args.out.exists()
-    ):
-        raise ValueError(
-            "--seed: several make new runs: all of them different, --out not there yet"
-        )
+    refused = folder or len(set(seeds)) < len(seeds) or args.out and args.out.exists()
+    if len(seeds) > 1 and refused:
+        raise ValueError("--seed: several make new runs: all different, --out not there yet")
     configs = [Config(**settings | given | {"seed": seed}) for seed in seeds]
     more = () if events and events[-1]["event"] == "test" else ("epochs", "patience")
     free = ("rounding", "batch_size", "precision", "seed") if using else more

@@ -746,25 +746,30 @@ def test_untrained_model_scores_like_chance(rounding):
         assert abs(got[f"HR@{k}"] - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
+@pytest.mark.parametrize("exclude_history", [False, True])
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_evaluate_is_brute_force_over_eval_batches_and_repeats(split):
+def test_evaluate_is_brute_force_over_eval_batches_and_repeats(split, exclude_history):
+    evaluate = functools.partial(diffurec.evaluate, exclude_history=exclude_history)
     model, sequences = model_of(n_items=30, delta=0.5), sequences_of(random_users(3, count=90))
     model.train()
     state = torch.get_rng_state()
-    got = diffurec.evaluate(model, sequences, split, batch_size=16)
+    got = evaluate(model, sequences, split, batch_size=16)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     torch.rand(5)
-    assert diffurec.evaluate(model, sequences, split, batch_size=16) == got
+    assert evaluate(model, sequences, split, batch_size=16) == got
     ranks = []
     torch.manual_seed(model.config.seed)
     with torch.no_grad():
         for history, target in diffurec.eval_batches(sequences, split, 6, 16):
-            scores = model.scores(model.reverse(history))
-            ranks += map(plain_rank, scores.tolist(), target.tolist())
+            scores = model.scores(model.reverse(history)).tolist()
+            for row, items in zip(scores, history.tolist() if exclude_history else ()):
+                for item in filter(None, items):
+                    row[item - 1] = -math.inf
+            ranks += map(plain_rank, scores, target.tolist())
     assert got == pytest.approx(plain_metrics(ranks), rel=2e-7)  # the logarithms are float32
     model.config.seed += 1
-    assert diffurec.evaluate(model, sequences, split, batch_size=16) != got
+    assert evaluate(model, sequences, split, batch_size=16) != got
 
 
 @property_test
@@ -1537,6 +1542,7 @@ def test_evaluate_repeats_the_numbers_of_the_log(cli):
         for split, event in (("validation", best), ("test", events[-1])):
             want = [100 * event[metric] for metric in prepare_data.METRICS]
             assert printed(cli.out, split) == pytest.approx(want, abs=6e-5)  # four digits
+        assert cli.out.count("the history's items last") == 2
         assert re.search(r"reversal: [0-9.]+ ms", cli.out)
     assert snapshot("runs") == before
     assert cli("--data", "x.txt", "--evaluate", "--rounding", "r_star", "--seed", 9) == 0

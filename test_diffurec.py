@@ -392,6 +392,16 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     assert not torch.equal(dropout(x) != 0, kept)
 
 
+def test_embeddings_pass_dropout_before_their_layer_norm():
+    torch.manual_seed(0)
+    model = diffurec.DiffuRec(300, config(hidden=64, embedding_dropout=0.5))
+    rows = model.embed(torch.arange(1, 301)[None])[0].double()
+    assert rows.mean(1).abs().max() < 1e-5
+    assert (rows.square().mean(1) - 1).abs().max() < 5e-3  # its epsilon beside 0.1² / (1 - 0.5)
+    dropped = (rows == rows.mode(1).values[:, None]).double().mean().item()
+    assert abs(dropped - 0.5) < 5 * 0.5 / math.sqrt(rows.numel())
+
+
 def test_dropout_is_nothing_in_eval_mode_or_at_0():
     x = torch.randn(7, 9)
     assert torch.equal(diffurec.Dropout(0.0)(x), x)
@@ -669,6 +679,13 @@ def test_training_batches_are_shuffled_by_the_generator_alone():
         {frozenset(zip(map(tuple, h), t)) for h, t in epoch_of(users, seed)} for seed in (0, 1)
     ]
     assert mates[0] != mates[1]  # not only the order of the batches
+
+
+def test_training_batches_hold_histories_of_like_length():
+    users = random_users(2, count=60)
+    batches = [[len(h) - h.count(0) for h in history] for history, _ in epoch_of(users, 0)]
+    spans = sorted((min(lengths), max(lengths)) for lengths in batches)
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -1580,10 +1597,17 @@ def test_recommendations_are_those_of_the_model_and_what_100_reversals_reach(cli
     assert f"{len(set(top.flatten().tolist()))} different items" in cli.out
     torch.manual_seed(model.config.seed)
     with torch.no_grad():
-        x_0 = model.reverse(torch.tensor([history[-3:]] * 100)).double()
-    distances = [(a - b).square().sum().sqrt() for a, b in itertools.combinations(x_0, 2)]
+        near = model.reverse(torch.tensor([history[-3:]] * 100))
+        lines = [line.split() for line in Path("x.txt").read_text().splitlines()]
+        users = [list(map(int, items)) for items in lines if len(items) >= 3]
+        drawn = np.random.default_rng(model.config.seed).choice(len(users), 100)
+        far = model.reverse(padded(*(users[user][:-1][-3:] for user in drawn)))
+    means = [
+        statistics.mean(math.dist(a, b) for a, b in itertools.combinations(x_0.tolist(), 2))
+        for x_0 in (near, far)
+    ]
     # the same reversals as those whose items are counted, to the three digits that are printed
-    assert f"of their x_0 {statistics.mean(map(float, distances)):.3g}, of" in cli.out
+    assert f"of their x_0 {means[0]:.3g}, of those of 100 random users {means[1]:.3g}\n" in cli.out
     assert re.findall(r"^ +(\d+) *$", cli.out, re.MULTILINE) == list(map(str, history[-10:]))
     shown = re.findall(r"^\+ *(\d+)(.*)$", cli.out, re.MULTILINE)
     assert [int(number) for number, _ in shown] == top[0, :10].tolist()
@@ -1617,6 +1641,10 @@ def test_the_readmes_lines_of_python(cli):
         (b"1 2 3 4\n\n1 -2 3 4\n", "x.txt:3: '-2' is not an item id"),
         (b"1 2 0 4\n", "x.txt:1: '0' is not an item id"),
         (b"1 2 3 4\n1 2 3 4000000\n", "x.txt:2: item id 4,000,000, but only 5 different ids"),
+        (
+            b"%s 110200\n" % b" ".join(b"%d" % n for n in range(1, 1101)),
+            "x.txt:1: item id 110,200, but only 1,101 different ids",
+        ),
         (b"1 2 3 99999999999\n", "x.txt:1: '99999999999' is not an item id"),
         (b"1 2\n3\n", "x.txt: no user has 3 items or more"),
         (b"1 2 3\n4 5 6\n", "x.txt: no user has four items or more"),

@@ -1106,6 +1106,7 @@ def test_no_argument_but_settings_trains_on_the_toy(cli):
     start, epochs = events[0], [event for event in events if event["event"] == "epoch"]
     given_ = {"hidden": 8, "heads": 2, "blocks": 1, "steps": 2, "eval_every": 1, "epochs": 2}
     assert start["data"] == "toy"
+    given_ |= {"embedding_std": 0.1}  # the toy's own, not given
     assert start["config"] == dataclasses.asdict(diffurec.Config(**given_))
     for number, event in enumerate(epochs, 1):
         assert list(event) == ["event", "epoch", "loss", "seconds"]

@@ -154,7 +154,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         uniform = words.view(torch.int16)[: x.numel()].view(x.shape)  # -2¹⁵ to 2¹⁵ - 1
-        return (x / (1 - self.p)).masked_fill(uniform < round(self.p * 2**16) - 2**15, 0)
+        return x / (1 - self.p) * (uniform >= round(self.p * 2**16) - 2**15).to(x.dtype)
 
 
 class TransformerBlock(nn.Module):

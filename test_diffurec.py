@@ -45,6 +45,9 @@ from hypothesis import strategies as st
 import diffurec
 import prepare_data
 
+# On small tensors two threads only wait for each other, beside another program for minutes.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that are started here
 THOROUGH = bool(os.environ.get("DIFFUREC_THOROUGH"))
 # tmp_path may be shared by the examples of one test: each overwrites what the last one wrote
 property_test = settings(

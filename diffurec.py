@@ -32,7 +32,7 @@ from torch import nn
 import prepare_data
 from prepare_data import live, load_sequences, write_files
 
-# No result changes. oneDNN would keep compiled products of 1024 shapes, 0.6 GiB; a batch has twenty.
+# No result changes. oneDNN would keep compiled products of 1024 shapes: 0.7 GiB, and no faster.
 # glibc would return freed memory to the kernel, and get it back slowly, page by page, every batch.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):

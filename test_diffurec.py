@@ -1097,6 +1097,13 @@ def printed(out, label):
     return [float(word) for word in row.removeprefix(label).split()]
 
 
+def test_help_tells_what_the_datasets_set_differently():
+    for name, settings_ in diffurec.DATASET_SETTINGS.items():
+        for key, value in settings_.items():
+            told = diffurec.Config.__dataclass_fields__[key].metadata["help"]
+            assert f"{name}: {value}" in told
+
+
 def test_no_argument_but_settings_trains_on_the_toy(cli):
     assert cli(*TINY, "--epochs", 2, "--batch-size", 512) == 0
     assert cli.err == ""

@@ -171,13 +171,14 @@ class TransformerBlock(nn.Module):
         for matrix in (*matrices, self.expand.weight, self.contract.weight):
             nn.init.xavier_normal_(matrix)  # §5.3
 
-    def forward(self, z, mask, queries):
-        """z (B, L, d), mask (B, 1, 1, L) -> (B, queries, d), the last `queries` positions alone."""
+    def forward(self, z, mask, last_only=False):
+        """z (B, L, d), mask (B, L) -> (B, L, d); with last_only the last position's, (B, 1, d)."""
         qkv = self.query_key_value(self.attention_norm(z)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).float()  # each (B, heads, L, d/heads)
-        with torch.autocast("cpu", enabled=False):  # there PyTorch's bfloat16 kernel is slower
-            attended = F.scaled_dot_product_attention(q[:, :, -queries:], k, v, mask)
-        z = z[:, -queries:] + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, d/heads)
+        z, q = (z[:, -1:], q[:, :, -1:]) if last_only else (z, q)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # sooner on a CPU than PyTorch's fused kernel
+        weights = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        z = z + self.dropout(self.output((weights @ v).transpose(1, 2).flatten(2)))
         return z + self.dropout(self.contract(F.relu(self.expand(self.feed_forward_norm(z)))))
 
 
@@ -192,11 +193,10 @@ class Transformer(nn.Module):
 
     def forward(self, z, mask):
         """z (B, L, d), mask (B, L) -> x̂_0 (B, d). Padded positions are attended to by none."""
-        mask = mask[:, None, None, :]
         for block in self.blocks[:-1]:
-            z = block(z, mask, queries=z.shape[1])
+            z = block(z, mask)
         # h_n alone is read, so the last block computes no other position: the same result, sooner.
-        return self.norm(self.blocks[-1](z, mask, queries=1)[:, 0])
+        return self.norm(self.blocks[-1](z, mask, last_only=True)[:, 0])
 
 
 class GRU(nn.Module):

@@ -362,17 +362,17 @@ def evaluate(model, sequences, split, batch_size=512, exclude_history=False):
     """Metrics of one reversal for each user; split "validation" or "test".
     Seeded: the same model, seed and batch_size give the same numbers. Leaves it in eval mode.
     All items are ranked; with exclude_history, those of the history come last, the target too."""
-    model.eval()
-    device, rank = model.item_embeddings.weight.device, []
+    device = model.eval().item_embeddings.weight.device
+    rank = torch.empty(sequences.n_users, dtype=torch.int64, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.config.seed)
-        for history, target in eval_batches(sequences, split, model.config.max_len, batch_size):
-            history = history.to(device)
-            scores = model.scores(model.reverse(history))
+        batches = eval_batches(sequences, split, model.config.max_len, batch_size)
+        for part, (history, target) in zip(rank.split(batch_size), batches):
+            scores = model.scores(model.reverse(history := history.to(device)))
             if exclude_history:  # column 0 takes what the padding scatters
                 scores = F.pad(scores, (1, 0)).scatter(1, history, -1e30)[:, 1:]
-            rank.append(ranks(scores, target.to(device)))
-    return metrics(torch.cat(rank).cpu())
+            part[:] = ranks(scores, target.to(device))  # a list of them would scatter the heap
+    return metrics(rank.cpu())
 
 
 def popularity(sequences):

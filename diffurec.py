@@ -176,7 +176,7 @@ class TransformerBlock(nn.Module):
         qkv = self.query_key_value(self.attention_norm(z)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, heads, L, d/heads)
         z, q = (z[:, -1:], q[:, :, -1:]) if last_only else (z, q)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])  # sooner on a CPU than PyTorch's fused kernel
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # bfloat16, CPU: beats the fused kernel
         weights = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
         z = z + self.dropout(self.output((weights @ v).transpose(1, 2).flatten(2)))
         return z + self.dropout(self.contract(F.relu(self.expand(self.feed_forward_norm(z)))))
@@ -367,11 +367,11 @@ def evaluate(model, sequences, split, batch_size=512, exclude_history=False):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.config.seed)
         batches = eval_batches(sequences, split, model.config.max_len, batch_size)
-        for part, (history, target) in zip(rank.split(batch_size), batches):
+        for part, (history, target) in zip(rank.split(batch_size), batches, strict=True):
             scores = model.scores(model.reverse(history := history.to(device)))
             if exclude_history:  # column 0 takes what the padding scatters
                 scores = F.pad(scores, (1, 0)).scatter(1, history, -1e30)[:, 1:]
-            part[:] = ranks(scores, target.to(device))  # a list of them would scatter the heap
+            part[:] = ranks(scores, target.to(device))  # kept apart they would fragment the heap
     return metrics(rank.cpu())
 
 

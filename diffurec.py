@@ -19,6 +19,11 @@ Vectors  (B, d) stand for the target: x_start is its embedding, the paper's e_{n
          makes of a history and x_s; x_0 is where a reversal ends, and the items are scored by it.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("diffurec.py: needs Python 3.11 or newer")
+
 import argparse
 import hashlib
 import inspect
@@ -27,8 +32,8 @@ import json
 import math
 import os
 import re
+import shlex
 import sqlite3
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,16 +78,15 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             words = get_args(field.type)  # of a Literal
-            lowest = 1 if field.type is int and field.name != "seed" else 0
-            highest = 0.99 if "dropout" in field.name else 2**63 - 1
-            allowed = ", ".join(words) if words else f"numbers from {lowest} to {highest}"
-            number = not words and type(value) in (int, field.type) and lowest <= value <= highest
-            if not number and value not in words:
-                raise ValueError(
-                    f"--{field.name.replace('_', '-')} {value!r}: allowed are {allowed}"
-                )
+            low = 1 if field.type is int and field.name != "seed" else 0
+            high = 0.99 if "dropout" in field.name else 10**9
+            valid = type(value) in (int, field.type) and low <= value <= high
+            if not (value in words if words else valid):
+                kind = "a whole number" if field.type is int else "a number"
+                choice = " or ".join(words) or f"{kind} from {low} to {high}"
+                raise ValueError(f"{field.name} is {value!r}, but must be {choice}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"--hidden {self.hidden}: choose an even multiple of --heads")
+            raise ValueError(f"hidden is {self.hidden}, but must be an even multiple of heads")
 
 
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
@@ -91,18 +95,14 @@ def beta_schedule(name, steps):
     s = np.arange(1, steps + 1)
     u = np.arange(steps + 1) / steps
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b; these end where the authors' code does.
-        a = 20 / steps
-        b = 0.01
-        betas = a / steps * s + b / s
+        # Departs: the paper gives neither a nor b; 20/t and 0.01 end where the authors' code does.
+        betas = 20 / steps / steps * s + 0.01 / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1
     elif name == "linear":  # DDPM's, scaled to t steps
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # improved-diffusion's and Diffusion-LM's give ᾱ, from which β follows by Eq. 3
-        alphas_cumprod = {
-            "cosine": np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2,
-            "sqrt": 1 - np.sqrt(u + 0.0001),
-        }[name]
+        cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     # Departs: the paper has no cap, but nothing would be left to reverse after a β of 1.
     return np.minimum(betas, 0.999)
@@ -140,9 +140,8 @@ class Diffusion(nn.Module):
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start). s (B,)."""
-        coef1 = self.posterior_mean_coef1[s, None]
-        coef2 = self.posterior_mean_coef2[s, None]
-        return coef1 * x_start + coef2 * x_s, self.posterior_variance[s, None]
+        mean = self.posterior_mean_coef1[s, None] * x_start
+        return mean + self.posterior_mean_coef2[s, None] * x_s, self.posterior_variance[s, None]
 
 
 # ---- 4. Approximator (§4.2, Eq. 12) -------------------------------------------------------------
@@ -162,15 +161,12 @@ class TransformerBlock(nn.Module):
         self.heads = config.heads
         self.norm = nn.LayerNorm(d)
         self.query_key_value = nn.Linear(d, 3 * d)
-        self.output = nn.Sequential(nn.Linear(d, d), Dropout(config.dropout))
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(d),
-            nn.Linear(d, 4 * d),
-            nn.ReLU(),
-            nn.Linear(4 * d, d),
-            Dropout(config.dropout),
-        )
-        matrices = (self.output[0].weight, self.feed_forward[1].weight, self.feed_forward[3].weight)
+        self.output = nn.Linear(d, d)
+        expand = nn.Linear(d, 4 * d)
+        contract = nn.Linear(4 * d, d)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
+        self.dropout = Dropout(config.dropout)
+        matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
             nn.init.xavier_normal_(matrix)  # §5.3
 
@@ -191,18 +187,17 @@ class TransformerBlock(nn.Module):
             weights = query @ key.mT / math.sqrt(query.shape[-1])  # QKᵀ / √d: (B, heads, L, L)
             attended = weights.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
 
-        z = z + self.output(attended.transpose(1, 2).flatten(2))
-        return z + self.feed_forward(z)
+        z = z + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        return z + self.dropout(self.feed_forward(z))
 
 
 class Transformer(nn.Module):
     """Eq. 12: f_θ. x_hat is h_n, what the last block makes of the last item."""
 
-    # Departs: [37] adds position embeddings. The authors' code never uses its own, and validation
-    # was better without. So only the last item's place counts, not the order of those before it.
-
     def __init__(self, config):
         super().__init__()
+        # Departs: [37] adds position embeddings. The authors' code never uses its own, and
+        # validation was better without. So the order of the items before the last has no effect.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.hidden)
 
@@ -263,7 +258,8 @@ class DiffuRec(nn.Module):
 
     def forward(self, history, target):
         """Algorithm 2, lines 10-14 without the update. history (B, L), target (B,) -> the loss."""
-        with autocast(self.item_embeddings.weight.device, self.config.precision):
+        bfloat16 = uses_bfloat16(self.config.precision, history.device)
+        with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
             x_start = self.item_embeddings(target)
             s = torch.randint(self.config.steps, target.shape, device=target.device)
             x_s = self.diffusion.q_sample(x_start, s, noise_like(x_start))  # Eq. 9
@@ -273,8 +269,11 @@ class DiffuRec(nn.Module):
 
     @torch.no_grad()
     def reverse(self, history, generator=None):
-        """Algorithm 1: history (B, L) -> x_0 (B, d). Random, in eval mode too."""
-        with autocast(self.item_embeddings.weight.device, self.config.precision):
+        """Algorithm 1: history (B, L) -> x_0 (B, d). Random, but never with dropout."""
+        training = self.training
+        self.eval()
+        bfloat16 = uses_bfloat16(self.config.precision, history.device)
+        with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
             e = self.embed(history)
             x_s = noise_like(e[:, 0], generator)
             for step in reversed(range(self.config.steps)):
@@ -283,6 +282,7 @@ class DiffuRec(nn.Module):
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
                 x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 17 and 10
+        self.train(training)
         return x_s
 
     def scores(self, x_0):
@@ -298,8 +298,7 @@ class DiffuRec(nn.Module):
     def recommend(self, history, k):
         """The k best items after each history (B, L), from one reversal: items, scores (B, k).
 
-        The last max_len items are read. The noise follows from the seed, so the answer repeats
-        itself. Raises ValueError on what is no history and on too large a k.
+        Reads the last max_len items. The noise follows from the seed, so the answer repeats itself.
         """
         if history.ndim != 2 or history.dtype != torch.int64 or not history.numel():
             raise ValueError("history: give a (B, L) tensor, not empty, of item ids as int64")
@@ -308,13 +307,9 @@ class DiffuRec(nn.Module):
             raise ValueError("history: each needs an item, and its padding (0) on the left")
         if not 0 <= history.min() <= history.max() <= self.n_items or not 1 <= k <= self.n_items:
             raise ValueError(f"history, k: give item ids, and a k, from 1 to {self.n_items}")
-
-        training = self.training
-        self.eval()
         generator = torch.Generator(history.device).manual_seed(self.config.seed)
         x_0 = self.reverse(history[:, -self.config.max_len :], generator)
         scores, index = self.scores(x_0).topk(k)
-        self.train(training)
         return index + 1, scores
 
 
@@ -323,23 +318,22 @@ def noise_like(x, generator=None):
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-def autocast(device, precision):
-    """For speed: inside, matrix products take bfloat16 numbers where `precision` says so."""
-    fast = False
+@torch.compiler.assume_constant_result  # torch.compile cannot look inside
+def uses_bfloat16(precision, device):
+    """For speed: whether matrix products take bfloat16 numbers. "auto" does where it is faster."""
+    if precision != "auto":
+        return precision == "bfloat16"
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        units = torch.cpu.get_capabilities()
-        fast = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
-    enabled = precision == "bfloat16" or (precision == "auto" and fast)
-    return torch.autocast(device.type, torch.bfloat16, enabled)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities()
+    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
 
 
 class Dropout(nn.Dropout):
     """For speed: on a CPU, four elements share one random number of 64 bits."""
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu":
+        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         random = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         uniform = random.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
@@ -373,60 +367,55 @@ def load_sequences(path):
 
     Raises OSError, or ValueError with the line of what is not in this format.
     """
-    items, lengths, lines, n_items = [], [], [], 0
-    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-    for number, line in enumerate(content.split(b"\n"), 1):
-        words = line.split()
-        for word in words:
-            if not word.isdigit() or not 0 < len(word.lstrip(b"0")) < 8:
-                hint = f"make sequences of it: python prepare_data.py NAME --raw {path}"
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # a byte-order mark
+    for number, line in enumerate(lines, 1):
+        for word in line.split():
+            if not re.fullmatch(rb"0*[1-9][0-9]{0,6}", word):
+                hint = f"if these are no sequences: python prepare_data.py NAME --raw {path}"
                 hint = "add 1 to every id, since 0 is padding" if word == b"0" else hint
                 shown = word[:40].decode(errors="replace")
                 raise ValueError(f"{path}:{number}: {shown!r} is not an item id; {hint}")
-        sequence = list(map(int, words))
-        n_items = max(n_items, 0, *sequence)
-        if len(sequence) >= 3:  # leave-one-out needs three
-            items.extend(sequence)
-            lengths.append(len(sequence))
-            lines.append(number)
 
-    if not lines:
-        raise ValueError(f"{path}: no user has three items or more; one line holds a user's items")
-    if n_items > max(100_000, 100 * len(set(items))):
+    sequences = [list(map(int, line.split())) for line in lines]
+    kept = [i for i, sequence in enumerate(sequences) if len(sequence) >= 3]  # for leave-one-out
+    if not kept:
+        raise ValueError(f"{path}: no line has three items, but a line holds all items of a user")
+    items = np.array([item for i in kept for item in sequences[i]])
+    offsets = np.append(0, np.cumsum([len(sequences[i]) for i in kept]))
+    n_items = max(map(max, filter(None, sequences)))
+    if n_items > max(100_000, 100 * len(np.unique(items))):
         raise ValueError(f"{path}: ids go up to {n_items:,} and few occur; number them from 1")
-    offsets = np.append(0, np.cumsum(lengths))
-    return Sequences(np.array(items), offsets, np.array(lines), n_items)
+    return Sequences(items, offsets, np.array(kept) + 1, n_items)
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
-    """One epoch of samples (history, target) from the training parts i_1..i_{n-2}.
+    """One epoch of (history, target), in an order that rng, a NumPy Generator, decides.
 
-    "7 3 9 4 8" gives 3 after 7, and 9 after 7 3. rng, a NumPy Generator, decides the order.
+    A user's training part is i_1..i_{n-2}: "7 3 9 4 8" gives 3 after 7, and 9 after 7 3.
     """
     # Departs: Eq. 19 has one target a user. As in the authors' code, every item of a training part
     # but the first is a target, with a step and noise of its own.
-    offsets = sequences.offsets
-    is_target = np.ones(len(sequences.items), dtype=bool)
-    for not_a_target in (offsets[:-1], offsets[1:] - 1, offsets[1:] - 2):  # i_1, i_n, i_{n-1}
-        is_target[not_a_target] = False
-    targets = np.flatnonzero(is_target)
-    starts = np.repeat(offsets[:-1], np.diff(offsets))[targets]
-    return make_batches(sequences, starts, targets, max_len, batch_size, rng, device)
+    first = sequences.offsets[:-1]
+    last = sequences.offsets[1:] - 1
+    targets = np.delete(np.arange(len(sequences.items)), np.concatenate([first, last - 1, last]))
+    return make_batches(sequences, targets, max_len, batch_size, rng, device)
 
 
 def eval_batches(sequences, split, max_len, batch_size, device="cpu"):
-    """Every user once, as (history, target), the shortest sequences first.
+    """Every user once, as (history, target), the shortest histories first.
 
     Of "7 3 9 4 8", "validation" asks for 4 after 7 3 9, and "test" for 8 after 7 3 9 4.
     """
-    starts = sequences.offsets[:-1]
     targets = sequences.offsets[1:] - {"validation": 2, "test": 1}[split]
-    return make_batches(sequences, starts, targets, max_len, batch_size, None, device)
+    return make_batches(sequences, targets, max_len, batch_size, None, device)
 
 
-def make_batches(sequences, starts, targets, max_len, batch_size, rng, device):
-    """Yield (history (B, L), target (B,)): the items at the positions `targets`, and what comes
-    before each, from `starts` on. Like lengths share a batch, so there is hardly any padding."""
+def make_batches(sequences, targets, max_len, batch_size, rng, device):
+    """Yield (history (B, L), target (B,)) for `targets`, positions in sequences.items.
+
+    Histories of like length share a batch, so that there is hardly any padding.
+    """
+    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]
     lengths = np.minimum(targets - starts, max_len)
     order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -458,18 +447,19 @@ def ranks(scores, target):
 
 def metrics(rank, suffix=""):
     """HR@K and NDCG@K, means over the users, fractions of 1. rank (n_users,)."""
-    gains = {"HR": torch.ones(len(rank)).double(), "NDCG": 1 / torch.log2(rank.double() + 1)}
+    gain = 1 / torch.log2(rank.double() + 1)
     result = {}
-    for metric in METRICS:
-        name, k = metric.split("@")
-        result[metric + suffix] = gains[name].where(rank <= int(k), 0).mean().item()
+    for k in (5, 10, 20):
+        hit = (rank <= k).double()
+        result[f"HR@{k}{suffix}"] = hit.mean().item()
+        result[f"NDCG@{k}{suffix}"] = (hit * gain).mean().item()
     return result
 
 
 @torch.no_grad()
 def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
-    """Metrics on the split "validation" or "test", of two rankings by the same scores: of all
-    items, and without the items of the history. The noise follows from the seed and batch_size.
+    """Metrics on a split, "validation" or "test", of two rankings by the same scores: of all items,
+    and of those that are not in the history. The noise follows from the seed and batch_size.
 
     ranks_file gets a line for each user, in the order of the data: the ranks in both.
     """
@@ -477,9 +467,6 @@ def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
     generator = torch.Generator(device).manual_seed(model.config.seed)
     users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
-    training = model.training
-    model.eval()
-
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
@@ -487,7 +474,6 @@ def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
         scores = F.pad(scores, (1, 0)).scatter(1, history, -1e30)  # column i: item i, 0: padding
         rank[user, 1] = ranks(scores[:, 1:], target)
 
-    model.train(training)
     rank = rank.cpu()
     if ranks_file:
         np.savetxt(ranks_file, rank, fmt="%d")
@@ -497,10 +483,10 @@ def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
 def popularity(sequences):
     """The test metrics of ranking all items by how often the training parts have them."""
     held_out = np.append(sequences.offsets[1:] - 1, sequences.offsets[1:] - 2)
-    counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)
-    at_least = np.bincount(counts[1:])[::-1].cumsum()[::-1]  # [c]: items that occur c times or more
+    counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)[1:]
     target = sequences.items[sequences.offsets[1:] - 1]
-    return metrics(torch.from_numpy(at_least[counts[target]].copy()))
+    rank = len(counts) - np.searchsorted(np.sort(counts), counts[target - 1])  # ties count against
+    return metrics(torch.from_numpy(rank))
 
 
 # ---- 8. Training (Algorithm 2, §5.3) ------------------------------------------------------------
@@ -513,24 +499,21 @@ def train_epoch(model, sequences, optimizer, epoch):
     model.train()
 
     total = torch.zeros((), device=device)
-    n_samples = 0
     for history, target in train_batches(sequences, config.max_len, config.batch_size, rng, device):
         optimizer.zero_grad()
         loss = model(history, target)
         loss.backward()
         optimizer.step()
         total += loss.detach() * len(target)
-        n_samples += len(target)
-    return total.item() / n_samples
+    return total.item() / (len(sequences.items) - 3 * sequences.n_users)
 
 
-def train(model, sequences, folder, state):
+def train(model, sequences, folder, state, eval_batch_size=512):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
     Saves after each epoch; raises FloatingPointError before it would save numbers not finite.
     """
     config = model.config
-    events = state["events"]
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
@@ -541,15 +524,13 @@ def train(model, sequences, folder, state):
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not all(x.isfinite().all() for x in (torch.tensor(loss), *model.parameters())):
             raise FloatingPointError(f"epoch {epoch}: not finite any more; try a smaller --lr")
-        seconds = time.perf_counter() - started
-        events.append({"event": "epoch", "epoch": epoch, "loss": loss, "seconds": seconds})
+        add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
         line = f"epoch {epoch}  loss {loss:.4f}"
 
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             started = time.perf_counter()
-            result = evaluate(model, sequences, "validation", config.batch_size)
-            result["seconds"] = time.perf_counter() - started
-            events.append({"event": "validation", "epoch": epoch} | result)
+            result = evaluate(model, sequences, "validation", eval_batch_size)
+            add_event(state, "validation", started, {"epoch": epoch} | result)
             line += f"  validation HR@10 {result['HR@10']:.2%}, NDCG@10 {result['NDCG@10']:.2%}"
             state["waited"] += 1
             if result["NDCG@10"] > state["best"]:
@@ -557,21 +538,25 @@ def train(model, sequences, folder, state):
                 state["best_weights"] = {k: v.clone() for k, v in model.state_dict().items()}
                 line += ", the best so far"
 
-        minutes = sum(event.get("seconds", 0) for event in events) / 60
+        minutes = sum(event.get("seconds", 0) for event in state["events"]) / 60
         print(f"{line}  about {minutes / epoch * (config.epochs - epoch):.0f} min left", flush=True)
         state |= {"epoch": epoch, "weights": model.state_dict()}
         state["optimizer"] = optimizer.state_dict()
         save_run(folder, state)
 
 
+def add_event(state, event, started, values):
+    """Put an event into the log of the run, with the seconds that have passed since it started."""
+    state["events"].append({"event": event, "seconds": time.perf_counter() - started} | values)
+
+
 def save_run(folder, state):
-    """Write the checkpoint, then its log. Whenever it is killed, each file is a whole one."""
+    """Write the checkpoint, its digest behind it, then the log. A kill leaves each file whole."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    checkpoint = buffer.getvalue()
-    digest = hashlib.sha256(FORMAT + checkpoint).digest()
+    checkpoint = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     log = "".join(json.dumps(event) + "\n" for event in state["events"])
-    for name, content in (("checkpoint.pt", checkpoint + digest), ("log.jsonl", log.encode())):
+    for name, content in (("checkpoint.pt", checkpoint), ("log.jsonl", log.encode())):
         with open(folder / "unfinished", "wb") as file:
             file.write(content)
             file.flush()
@@ -580,175 +565,101 @@ def save_run(folder, state):
 
 
 def load_checkpoint(path, weights="best_weights", **changes):
-    """(model, state) of a run, on the CPU; `changes` are settings to change. Runs no code in it.
-
-    `weights` may be "weights", those of the last epoch. Raises OSError, or ValueError on what is
-    not a whole checkpoint of this program.
-    """
+    """(model, state) of a run, on the CPU; `changes` are settings to change, and `weights` may be
+    "weights", the last epoch's. Raises OSError, or ValueError on what is no whole checkpoint."""
     content = Path(path).read_bytes()
-    if hashlib.sha256(FORMAT + content[:-32]).digest() != content[-32:]:
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError(f"{path}: damaged, or of another program; train a new run")
     state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-    config = Config(**state["config"] | changes)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers as they are
-        model = DiffuRec(state["n_items"], config)
+        model = DiffuRec(state["n_items"], Config(**state["config"] | changes))
     model.load_state_dict(state[weights])
     return model, state
 
 
-FORMAT = b"DiffuRec checkpoint 2"
-
-
 # ---- 9. Command line ----------------------------------------------------------------------------
-KNOWN = {  # the users, items and actions of Table 1: own settings, and Table 2's row of DiffuRec
-    (22_363, 12_101, 198_502): ({}, (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566)),
-    (19_412, 11_924, 167_597): ({}, (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684)),
-    (6_040, 3_416, 999_611): (
-        {"max_len": 200},
-        (17.9659, 26.2647, 36.787, 12.115, 14.7909, 17.4386),
-    ),
-    (281_428, 13_044, 3_485_022): ({}, (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810)),
-    (2_000, 200, 20_001): ({"epochs": 12, "embedding_std": 0.1}, None),  # the toy
+TOY = (2_000, 200, 20_001)
+ML_1M = (6_040, 3_416, 999_611)
+OWN_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
+TABLE_2 = {  # users, items, actions (Table 1): DiffuRec's row, in %, in the order of METRICS
+    (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
+    (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
+    ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
+    (281_428, 13_044, 3_485_022): (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810),  # Steam
+    TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),  # the best that anybody can reach
 }
 
 
-def find_data(args):
-    """The path and the sequences of --data; a dataset that is not there yet is prepared first."""
-    path = next(
-        (p for p in (args.data_dir / f"{args.data}.txt", Path(args.data)) if p.is_file()), None
-    )
-    if path is None:
-        try:
-            import prepare_data
-        except ModuleNotFoundError:
-            raise ValueError(f"--data {args.data}: no such file, and no prepare_data.py to make it")
-        path = prepare_data.prepare(args.data, args.data_dir)
-
-    sequences = load_sequences(path)
-    lengths = np.diff(sequences.offsets)
-    first = sequences.items[sequences.offsets[:-1]]
-    table = lengths.min() == lengths.max() <= 4 or len(np.unique(first)) == len(first)
-    if table and len(first) >= 10 and not args.not_a_table:
-        hint = f"python prepare_data.py NAME --raw {path} (or add --not-a-table, if it is none)"
-        raise ValueError(f"{path}: a table, or the user's number comes first; {hint}")
-    return path, sequences
-
-
-def open_run(args, sequences, weights, changeable):
-    """The folder, model and state of --out or of the newest run on these sequences."""
-    logs = [args.out / "log.jsonl"] if args.out else Path("runs").glob("*/log.jsonl")
-    logs = [log for log in logs if sequences.fingerprint in log.read_text().partition("\n")[0]]
-    if not logs:
-        raise ValueError(f"no run with --data {args.data} yet: train one, without this flag")
-    folder = max(logs, key=lambda log: log.stat().st_mtime).parent
-    changes = {name: value for name, value in args.settings.items() if name in changeable}
-    model, state = load_checkpoint(folder / "checkpoint.pt", weights, **changes)
-    for name in args.settings.keys() - changeable:
-        if args.settings[name] != state["config"][name]:
-            raise ValueError(f"{folder} has {name} {state['config'][name]}: leave that flag out")
-    return folder, model.to(args.device), state
-
-
-def lock_run(folder):
-    """Keep other programs out of a run while the returned object lives; the lock is SQLite's."""
-    lock = sqlite3.connect(folder / "lock", timeout=0)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise ValueError(f"{folder}: another program works on this run; wait for its end") from None
-    return lock
-
-
-def train_command(args):
+def train_command(args, path, sequences):
     """Train a new run or, with --resume, go on with one; then score the test split."""
-    path, sequences = find_data(args)
     counts = (sequences.n_users, sequences.n_items, len(sequences.items))
-    settings, paper = KNOWN.get(counts, ({}, None))
     if args.resume:
-        folder, model, state = open_run(args, sequences, "weights", {"epochs", "patience"})
+        folder, model, state = open_run(args, sequences, "weights", ("epochs", "patience"))
         state["config"] = asdict(model.config)
-        lock = lock_run(folder)
     else:
-        config = Config(**settings | args.settings)
-        torch.manual_seed(config.seed)
-        model = DiffuRec(sequences.n_items, config).to(args.device)
-        start = {"event": "start", "data": path.stem, "path": str(path), "config": asdict(config)}
-        state = {"config": asdict(config), "n_items": sequences.n_items, "optimizer": None}
-        state |= {"epoch": 0, "best": -1.0, "best_epoch": 0, "waited": 0, "tested": None}
-        state |= {"weights": model.state_dict(), "best_weights": model.state_dict()}
-        state["events"] = [start | {"fingerprint": sequences.fingerprint}]
-        number = 1
-        while Path("runs", f"{path.stem}-{number}").exists():
-            number += 1
-        folder = args.out or Path("runs", f"{path.stem}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_run(folder)
-        if (folder / "checkpoint.pt").exists():
-            raise ValueError(f"--out {folder} holds a run: --resume it, or name another folder")
-        save_run(folder, state)
+        config = Config(**OWN_SETTINGS.get(counts, {}) | args.settings)
+        folder, model, state = new_run(args, path, sequences, config)
+    print("data   {}: {:,} users, {:,} items, {:,} actions".format(path, *counts))
+    print(f"run    {folder}, on {args.device}", flush=True)
+    train(model, sequences, folder, state, args.eval_batch_size)
 
-    print(f"data    {path}: {counts[0]:,} users, {counts[1]:,} items, {counts[2]:,} actions")
-    print(f"run     {folder}, on {args.device}", flush=True)
-    train(model, sequences, folder, state)
+    others = {"popularity": popularity(sequences)}
+    if counts in TABLE_2:
+        label = "ceiling" if counts == TOY else "Table 2"
+        others[label] = {name: value / 100 for name, value in zip(METRICS, TABLE_2[counts])}
     if state["tested"] != state["epoch"]:
         model.load_state_dict(state["best_weights"])
         started = time.perf_counter()
-        result = evaluate(model, sequences, "test", model.config.batch_size, folder / "ranks.txt")
-        result["seconds"] = time.perf_counter() - started
-        state["events"].append({"event": "popularity"} | popularity(sequences))
-        state["events"].append({"event": "test", "epoch": state["best_epoch"]} | result)
+        result = evaluate(model, sequences, "test", args.eval_batch_size, folder / "ranks.txt")
+        state["events"] += [{"event": label} | row for label, row in others.items()]
+        add_event(state, "test", started, {"epoch": state["best_epoch"]} | result)
         state["tested"] = state["epoch"]
         save_run(folder, state)
 
-    events = {event["event"]: event for event in state["events"]}
-    print_results("test", events["test"], {"popularity": events["popularity"]}, paper)
-    print(f"\nnext: python diffurec.py --data {args.data} --recommend {sequences.lines[0]}")
-    lock.close()
+    result = [event for event in state["events"] if event["event"] == "test"][-1]
+    print_results(f"test, epoch {result['epoch']}", result, others)
+    print(f"\nnext: {args.same} --recommend {sequences.lines[0]}")
 
 
-def print_results(title, result, rows, paper):
-    """Both rankings of a result and more rows, in %, beside Table 2 where it has these data."""
+def evaluate_command(args, sequences):
+    """Score a run's best epoch on both splits, and add the figures to its log."""
+    folder, model, state = open_run(args, sequences, "best_weights", CHANGEABLE)
+    for split in ("validation", "test"):
+        started = time.perf_counter()
+        result = evaluate(model, sequences, split, args.eval_batch_size)
+        add_event(state, "evaluate", started, {"split": split} | result)
+        print_results(f"{split}, epoch {state['best_epoch']}", result, {})
+    save_run(folder, state)
+
+
+CHANGEABLE = ("rounding", "precision", "seed")  # the settings that may change after training
+
+
+def print_results(title, result, others):
+    """Both rankings of a result and, of all items, what to compare the first with; in %."""
     without = {metric: result[metric + WITHOUT] for metric in METRICS}
-    rows = {"all items": result, "without the history's items": without} | rows
-    if paper:
-        rows["Table 2"] = dict(zip(METRICS, np.array(paper) / 100))
+    rows = {"all items": result, "without the history's items": without}
+    rows |= {f"{label}, all items": row for label, row in others.items()}
     print(f"\n{title:28}", *(f"{metric:>8}" for metric in METRICS))
     for label, row in rows.items():
         print(f"{label:28}", *(f"{100 * row[metric]:8.2f}" for metric in METRICS))
 
 
-def evaluate_command(args):
-    """Score a run's best epoch on both splits, and add the figures to its log."""
-    _, sequences = find_data(args)
-    folder, model, state = open_run(args, sequences, "best_weights", CHANGEABLE)
-    lock = lock_run(folder)
-    for split in ("validation", "test"):
-        result = evaluate(model, sequences, split, model.config.batch_size)
-        print_results(f"{split}, epoch {state['best_epoch']}", result, {}, None)
-        state["events"].append({"event": "evaluate", "split": split} | result)
-    save_run(folder, state)
-    lock.close()
-
-
-CHANGEABLE = {"rounding", "batch_size", "precision", "seed"}  # in a run that has been trained
-
-
-def recommend_command(args):
+def recommend_command(args, path, sequences):
     """Ten items for a user (--recommend) or after a history (--history), and what §5.8 counts."""
-    path, sequences = find_data(args)
     _, model, _ = open_run(args, sequences, "best_weights", CHANGEABLE)
-    titles = load_names(path.with_suffix(".items.txt"))
+    titles, users = (load_names(path.with_suffix(f".{kind}.txt")) for kind in ("items", "users"))
     history = [find_name(word, titles) for word in args.history or ()]
     if args.recommend:
-        line = find_name(args.recommend, load_names(path.with_suffix(".users.txt")))
-        if line not in sequences.lines:
-            raise ValueError(f"--recommend {line}: no user of {path} with three items; try another")
-        user = np.flatnonzero(sequences.lines == line)[0]
-        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        user = sequences.lines == find_name(args.recommend, users)
+        if not user.any():
+            raise ValueError(f"--recommend {args.recommend}: no user with three items in that line")
+        start, end = sequences.offsets[user.argmax() :][:2]
+        history = sequences.items[start:end].tolist()
     items, _ = model.recommend(torch.tensor([history], device=args.device), min(10, model.n_items))
 
-    for title, ids in (("the end of the history", history[-10:]), ("next", items[0].tolist())):
-        print(f"\n    item  {title}")
+    for heading, ids in (("the end of the history", history[-10:]), ("next", items[0].tolist())):
+        print(f"\n    item  {heading}")
         for item in ids:
             print(f"{item:8}  {''.join(titles[item - 1 : item])}")
     latest = torch.tensor([history[-model.config.max_len :]] * 100, device=args.device)
@@ -758,46 +669,95 @@ def recommend_command(args):
 
 def load_names(path):
     """The lines of an .items.txt or .users.txt file: entry i - 1 is the name of i."""
-    return path.read_text("utf-8-sig", errors="replace").split("\n") if path.is_file() else []
+    return path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
 
 
 def find_name(word, names):
-    """The number that `word` is, or that of the only name that is it or begins with it."""
+    """The number that `word` is or, if it is none, that of the only name that begins with it."""
     if word.isdecimal() and len(word) < 8:
         return int(word)
-    exact = [i for i, name in enumerate(names, 1) if name == word]
-    found = exact or [i for i, name in enumerate(names, 1) if name.startswith(word)]
+    found = [i for i, name in enumerate(names, 1) if name.startswith(word)]
+    found = [i for i in found if names[i - 1] == word] or found
     if len(found) != 1:
-        raise ValueError(f"{word!r}: {len(found)} names begin so; give a number or a longer name")
+        raise ValueError(f"{word!r}: {len(found)} names begin so; give a number, or more of it")
     return found[0]
 
 
-def parse_arguments(argv):
-    """The command line; args.settings holds the settings of Config that were given."""
-    parser = Parser(usage="%(prog)s [FLAG ...]", description=__doc__.partition("\n\nThe file")[0])
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--data", default="toy", help="toy, beauty, toys, ml-1m, steam, or a file of sequences")
-    add("--data-dir", type=Path, default="data", help="folder of the datasets")
-    add("--out", type=Path, help="folder of the run (default: runs/NAME-1, -2, ...)")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--resume", action="store_true", help="go on with the newest run on these data")
-    add("--evaluate", action="store_true", help="score its best epoch on both splits")
-    add("--recommend", metavar="USER", help="ten items for a user: the line in the file, or a name")
-    add("--history", metavar="ITEM", nargs="+", help="ten items after these: ids or titles")
-    add(
-        "--not-a-table", action="store_true", help="the file holds sequences though it looks not so"
-    )
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
-    for field in fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        text = f"{comments[field.name]} (default: {field.default})"
-        kind = str if get_args(field.type) else field.type
-        add(flag, type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
-    return args
+def find_data(args):
+    """The path and the sequences of --data; a dataset that is not there yet is prepared first."""
+    path = args.data_dir / f"{args.data}.txt"
+    path = path if path.is_file() else Path(args.data)
+    if not path.is_file():
+        try:
+            import prepare_data
+        except ModuleNotFoundError:
+            raise ValueError(f"{path}: no such file, and no prepare_data.py to make it") from None
+        path = prepare_data.prepare(args.data, args.data_dir)
+
+    sequences = load_sequences(path)
+    lengths = np.diff(sequences.offsets)
+    first = sequences.items[sequences.offsets[:-1]]
+    table = lengths.min() == lengths.max() <= 4 or (np.diff(first) > 0).all()
+    if table and len(first) >= 10 and not args.not_a_table:
+        hint = f"python prepare_data.py NAME --raw {path}, or add --not-a-table if it is none"
+        raise ValueError(f"{path} looks like a table, or begins with the users' numbers: {hint}")
+    return path, sequences
+
+
+def new_run(args, path, sequences, config):
+    """Folder, model and state of a new run, in --out or in a new one of runs/NAME-1, -2, ..."""
+    number = 1
+    while Path("runs", f"{path.stem}-{number}").exists():
+        number += 1
+    folder = args.out or Path("runs", f"{path.stem}-{number}")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file or a broken link; name a folder")
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"--out {folder} holds a run; --resume it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    args.lock = lock_run(folder)
+
+    torch.manual_seed(config.seed)
+    model = DiffuRec(sequences.n_items, config).to(args.device)
+    state = {"config": asdict(config), "n_items": model.n_items, "optimizer": None}
+    state |= {"weights": model.state_dict(), "best_weights": model.state_dict()}
+    state |= {"epoch": 0, "best": -1.0, "best_epoch": 0, "waited": 0, "tested": -1}
+    start = {"event": "start", "data": path.stem, "fingerprint": sequences.fingerprint}
+    state["events"] = [start | {"config": state["config"]}]
+    save_run(folder, state)
+    return folder, model, state
+
+
+def open_run(args, sequences, weights, changeable):
+    """The same of the run in --out or of the newest one on these sequences."""
+    logs = [args.out / "log.jsonl"] if args.out else Path("runs").glob("*/log.jsonl")
+    logs = [
+        log
+        for log in logs
+        if sequences.fingerprint in log.read_text(errors="replace").partition("\n")[0]
+    ]
+    if not logs:
+        raise ValueError(f"no run on these data yet; train one first: {args.same}")
+    fixed = [name for name in args.settings if name not in changeable]
+    if fixed:
+        raise ValueError(
+            f"--{fixed[0]}: a run keeps it from its start; leave it out, or train anew"
+        )
+
+    folder = max(logs, key=lambda log: log.stat().st_mtime).parent
+    args.lock = lock_run(folder)
+    model, state = load_checkpoint(folder / "checkpoint.pt", weights, **args.settings)
+    return folder, model.to(args.device), state
+
+
+def lock_run(folder):
+    """Keeps other programs out of a run while the result lives. The lock is one of SQLite's."""
+    lock = sqlite3.connect(folder / "lock", timeout=0)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        raise ValueError(f"{folder}: another program works on this run; wait for its end") from None
+    return lock
 
 
 class Parser(argparse.ArgumentParser):
@@ -805,25 +765,65 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags")
 
 
+def parse_arguments(argv):
+    """The command line; args.settings holds the settings of Config that were given."""
+    form = argparse.RawDescriptionHelpFormatter
+    about = __doc__.partition("\n\nThe file")[0]
+    parser = Parser(usage="python diffurec.py ...", description=about, formatter_class=form)
+    add = parser.add_argument
+    add("--data", default="toy", help="toy, beauty, toys, ml-1m, steam, or a file of sequences")
+    add("--data-dir", type=Path, default="data", help="folder of the datasets (default: data)")
+    add("--out", type=Path, help="folder of the run (default: runs/NAME-1, -2, ...)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--resume", action="store_true", help="go on with the newest run on these data")
+    add("--evaluate", action="store_true", help="score its best epoch on both splits")
+    add("--recommend", metavar="USER", help="ten items for the user in this line, or of this name")
+    add("--history", metavar="ITEM", nargs="+", help="ten items after these, ids or titles")
+    add("--not-a-table", action="store_true", help="take the file for sequences all the same")
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    for field in fields(Config):
+        text = f"{comments[field.name]} (default: {field.default})"
+        kind = str if get_args(field.type) else field.type
+        flag = "--" + field.name.replace("_", "-")
+        add(flag, type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
+
+    args = parser.parse_args(argv)
+    args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
+    same = ["python", "diffurec.py", "--data", args.data]
+    same += ["--data-dir", args.data_dir] if args.data_dir != Path("data") else []
+    same += ["--out", args.out] if args.out else []
+    args.same = shlex.join(map(str, same))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.eval_batch_size = 4096 if args.device.startswith("cuda") else 512
+    try:
+        torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError):
+        raise ValueError(f"--device {args.device}: not usable here; leave --device out") from None
+    return args
+
+
 def main(argv=None):
     """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # less memory, no slower
-    sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            stream.reconfigure(errors="replace")
     try:
         args = parse_arguments(argv)
+        path, sequences = find_data(args)
         if args.evaluate:
-            evaluate_command(args)
+            evaluate_command(args, sequences)
         elif args.recommend or args.history:
-            recommend_command(args)
+            recommend_command(args, path, sequences)
         else:
-            train_command(args)
+            train_command(args, path, sequences)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        status, message = 130, "stopped; --resume goes on after the last whole epoch"
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; --resume goes on after the last whole epoch"
     except FloatingPointError as error:
         status, message = 1, error
     except (OSError, ValueError) as error:

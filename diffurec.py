@@ -730,18 +730,14 @@ def new_run(args, path, sequences, config):
 
 def open_run(args, sequences, weights, changeable):
     """The same of the run in --out or of the newest one on these sequences."""
-    logs = [args.out / "log.jsonl"] if args.out else Path("runs").glob("*/log.jsonl")
-    logs = [
-        log
-        for log in logs
-        if sequences.fingerprint in log.read_text(errors="replace").partition("\n")[0]
-    ]
+    logs = args.out.glob("log.jsonl") if args.out else Path("runs").glob("*/log.jsonl")
+    starts = {log: log.read_text(errors="replace").partition("\n")[0] for log in logs}
+    logs = [log for log, start in starts.items() if sequences.fingerprint in start]
     if not logs:
         raise ValueError(f"no run on these data yet; train one first: {args.same}")
-    fixed = [name for name in args.settings if name not in changeable]
-    if fixed:
+    for name in args.settings.keys() - set(changeable):
         raise ValueError(
-            f"--{fixed[0]}: a run keeps it from its start; leave it out, or train anew"
+            f"{name} cannot change after a run began; leave it out, or train a new run"
         )
 
     folder = max(logs, key=lambda log: log.stat().st_mtime).parent
@@ -782,10 +778,15 @@ def parse_arguments(argv):
     add("--not-a-table", action="store_true", help="take the file for sequences all the same")
     comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
-        text = f"{comments[field.name]} (default: {field.default})"
-        kind = str if get_args(field.type) else field.type
-        flag = "--" + field.name.replace("_", "-")
-        add(flag, type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
+        words = get_args(field.type)
+        text = ": ".join((comments[field.name], *([", ".join(words)] if words else [])))
+        add(
+            "--" + field.name.replace("_", "-"),
+            type=str if words else field.type,
+            metavar="X",
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {field.default})",
+        )
 
     args = parser.parse_args(argv)
     args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
@@ -808,6 +809,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="replace")
+
     try:
         args = parse_arguments(argv)
         path, sequences = find_data(args)

@@ -92,15 +92,16 @@ class Config:
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
-    s = np.arange(1, steps + 1)
-    u = np.arange(steps + 1) / steps
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b; 20/t and 0.01 end where the authors' code does.
-        betas = 20 / steps / steps * s + 0.01 / s
+        # Departs: the paper gives neither a nor b. With these the last β is that of its code.
+        a, b = 20 / steps, 0.01
+        s = np.arange(1, steps + 1)
+        betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1
     elif name == "linear":  # DDPM's, scaled to t steps
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # improved-diffusion's and Diffusion-LM's give ᾱ, from which β follows by Eq. 3
+    else:  # improved-diffusion's cosine and Diffusion-LM's sqrt give ᾱ; β follows by Eq. 3
+        u = np.arange(steps + 1) / steps
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]

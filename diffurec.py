@@ -1,7 +1,7 @@
 """DiffuRec, a diffusion model for sequential recommendation (Li et al.), in one file.
 
-You give it sequences of items, one user a line, and it learns which item comes next: a Transformer
-reads the history and, step by step, turns noise into the embedding of the next item.
+You give it sequences of items, one line per user, and it learns which item comes next: a
+Transformer reads the history and, step by step, turns noise into the embedding of the next item.
 
   python diffurec.py                               train on a toy dataset that is made here
   python diffurec.py --data beauty                 download Amazon Beauty, and train on it
@@ -10,13 +10,14 @@ reads the history and, step by step, turns noise into the embedding of the next 
 The file follows the paper, whose sections (§), equations (Eq.), algorithms and tables it names.
 Where it departs from the paper's text, a comment says why: `grep Departs: diffurec.py`.
 
-Shapes   B users or samples in a batch, L items in a history, d numbers in an embedding, t steps.
+Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
 Items    have the ids 1..n_items, 0 is padding. history is (B, L), padded on the left; target, the
          item that comes next, is (B,).
 Steps    count from 0: index s in the code is the paper's step s + 1.
 Vectors  (B, d) stand for the target: x_start is its embedding, the paper's e_{n+1}; x_s is x_start
-         after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the approximator
-         makes of a history and x_s; x_0 is where a reversal ends, and the items are scored by it.
+         after the noise of the steps up to index s; x_hat, the paper's x̂_0, is what the
+         approximator makes of a history and x_s; x_0 is the end of a reversal, that is its last
+         x_hat, and the items are scored by it.
 """
 
 import sys
@@ -50,21 +51,21 @@ from torch import nn
 class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
-    # Departs: the paper does not say for how long it trained, nor how its embeddings begin. Epochs,
-    # embedding_dropout and embedding_std were chosen on Beauty's validation split.
+    # Departs: the paper says neither how long it trained nor how its embeddings are initialised.
+    # epochs, embedding_dropout and embedding_std were chosen on Beauty's validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
-    seed: int = 1  # where the random numbers start; each seed gives another run
+    seed: int = 1  # seed of the random numbers: another seed gives another run
     eval_every: int = 5  # epochs from one validation to the next
     patience: int = 3  # stop after so many validations without a better NDCG@10
-    batch_size: int = 512  # samples that are learnt from at once
+    batch_size: int = 512  # samples in one update of the weights
     lr: float = 0.001  # learning rate of Adam
     max_len: int = 50  # items of a history that are read, the latest ones (MovieLens-1M: 200)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what is fast on the machine
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; auto: the faster
     dropout: float = 0.1  # share of each layer's output that training sets to 0
-    embedding_dropout: float = 0.5  # the same for the embeddings of the history
+    embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
     delta: float = 0.001  # how much of the noisy target goes into the history; 0: nothing
-    delta_is: Literal["variance", "std"] = "variance"  # what delta is, besides the mean
+    delta_is: Literal["variance", "std"] = "variance"  # of λ, whose mean is delta too
     steps: int = 32  # diffusion steps
     schedule: Literal["truncated_linear", "linear", "cosine", "sqrt"] = "truncated_linear"  # noise
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -80,38 +81,38 @@ class Config:
             words = get_args(field.type)  # of a Literal
             low = 1 if field.type is int and field.name != "seed" else 0
             high = 0.99 if "dropout" in field.name else 10**9
-            valid = type(value) in (int, field.type) and low <= value <= high
-            if not (value in words if words else valid):
+            in_range = not words and type(value) in (int, field.type) and low <= value <= high
+            if not in_range and value not in words:
                 kind = "a whole number" if field.type is int else "a number"
                 choice = " or ".join(words) or f"{kind} from {low} to {high}"
                 raise ValueError(f"{field.name} is {value!r}, but must be {choice}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"hidden is {self.hidden}, but must be an even multiple of heads")
+            raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b. With these the last β is that of its code.
+        # Departs: the paper gives neither a nor b. With these β ends nearly as the authors' does.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1
-    elif name == "linear":  # DDPM's, scaled to t steps
+    elif name == "linear":  # DDPM's [15], scaled to t steps; §5.5 swaps its two references
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # improved-diffusion's cosine and Diffusion-LM's sqrt give ᾱ; β follows by Eq. 3
+    else:  # the cosine of [25] and the square root of [23] give ᾱ, from which β follows by Eq. 3
         u = np.arange(steps + 1) / steps
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap, but nothing would be left to reverse after a β of 1.
+    # Departs: the paper has no cap. A β of 1 would remove the target completely.
     return np.minimum(betas, 0.999)
 
 
-# ---- 3. Diffusion (§3, Eq. 1-6; Eq. 15) ---------------------------------------------------------
+# ---- 3. Diffusion (§3, Eq. 1-6; §4.3, Eq. 15) ---------------------------------------------------
 class Diffusion(nn.Module):
-    """The process q and its posterior. Every coefficient is (t,), a number for each step."""
+    """The process q and its posterior. Every coefficient is (steps,), one number for each step."""
 
     def __init__(self, schedule, steps):
         super().__init__()
@@ -121,7 +122,8 @@ class Diffusion(nn.Module):
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ_{s-1}
         ratio = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
 
-        # Departs: Eq. 5 prints √ᾱ_s before x_s. Only with DDPM's √α_s is it the mean of Eq. 4.
+        # Departs: Eq. 5 has √ᾱ_s before x_s, and §4.4 leaves out all bars. The mean of Eq. 4 needs
+        # √α_s there, as in DDPM, and ᾱ elsewhere.
         coefficients = {
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
@@ -133,16 +135,23 @@ class Diffusion(nn.Module):
             self.register_buffer(name, values.float(), persistent=False)
 
     def q_sample(self, x_start, s, noise):
-        """Eq. 2: x_s ~ q(x_s | x_start). x_start, noise (B, d), s (B,) -> (B, d)."""
-        # Departs: Eq. 15 and §4.4 print α for the ᾱ of Eq. 2. §4.3's one step from e_{n+1} to x_0
-        # has index 0 here, so that ᾱ_s includes it.
-        scale = self.sqrt_alphas_cumprod[s, None]
-        return scale * x_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
+        """Eq. 2, which is Eq. 1 for all steps up to s at once: x_s, drawn from q(x_s | x_start).
+
+        x_start, noise (B, d), s (B,) -> (B, d).
+        """
+        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. §4.3 also takes one step from e_{n+1}
+        # to x_0 and then s more; here all of them start at e_{n+1}, and index 0 is that first one.
+        signal = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
+        return signal + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
     def q_posterior(self, x_start, x_s, s):
-        """Eq. 4-6: mean (B, d) and variance (B, 1) of q(x_{s-1} | x_s, x_start). s (B,)."""
-        mean = self.posterior_mean_coef1[s, None] * x_start
-        return mean + self.posterior_mean_coef2[s, None] * x_s, self.posterior_variance[s, None]
+        """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
+
+        At index 0 the mean is x_start and the variance is 0.
+        """
+        from_start = self.posterior_mean_coef1[s, None] * x_start
+        from_noisy = self.posterior_mean_coef2[s, None] * x_s
+        return from_start + from_noisy, self.posterior_variance[s, None]
 
 
 # ---- 4. Approximator (§4.2, Eq. 12) -------------------------------------------------------------
@@ -173,8 +182,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, z, mask, last_only=False):
         """z (B, L, d), mask (B, L) -> (B, L, d); with last_only the last position's, (B, 1, d)."""
-        # Departs: [37] normalises after each residual. Here, as in the authors' code, it comes
-        # before each sublayer, which did no worse in validation.
+        # Departs: [37] normalises after each residual. Here, as in the authors' code, normalisation
+        # comes before each sublayer, which did no worse in validation.
         qkv = self.query_key_value(self.norm(z)).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)
         if last_only:
@@ -182,28 +191,30 @@ class TransformerBlock(nn.Module):
             query = query[:, :, -1:]
 
         mask = mask[:, None, None, :]  # (B, 1, 1, L): no position sees padding
-        if z.is_cuda:  # the same as below, in one kernel
+        if z.is_cuda:  # softmax(QKᵀ / √d) V of [37] in one kernel
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        else:
-            weights = query @ key.mT / math.sqrt(query.shape[-1])  # QKᵀ / √d: (B, heads, L, L)
-            attended = weights.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+        else:  # the same step by step, which is faster on a CPU
+            scores = query @ key.mT / math.sqrt(query.shape[-1])  # (B, heads, L or 1, L)
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+            attended = weights @ value  # (B, heads, L or 1, d/heads)
 
         z = z + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.feed_forward(z))
 
 
 class Transformer(nn.Module):
-    """Eq. 12: f_θ. x_hat is h_n, what the last block makes of the last item."""
+    """Eq. 12: f_θ. x_hat is h_n, the output of the last block at the last item."""
 
     def __init__(self, config):
         super().__init__()
         # Departs: [37] adds position embeddings. The authors' code never uses its own, and
         # validation was better without. So the order of the items before the last has no effect.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(config.hidden)
+        self.norm = nn.LayerNorm(config.hidden)  # Departs: normalising first needs a last norm.
 
     def forward(self, z, mask):
-        """z (B, L, d), mask (B, L), False at padding -> x_hat (B, d)."""
+        """z (B, L, d), z_1..z_n, mask (B, L), False at padding -> x_hat (B, d)."""
+        # Departs: Eq. 12 starts at z_0; there is none, and the algorithms start at z_1.
         for block in self.blocks[:-1]:
             z = block(z, mask)
         return self.norm(self.blocks[-1](z, mask, last_only=True)[:, 0])
@@ -243,46 +254,48 @@ class DiffuRec(nn.Module):
 
     def embed(self, history):
         """e_1..e_n. history (B, L) -> (B, L, d)."""
-        # Departs: the paper takes the embeddings as they are. Dropout and LayerNorm are the
-        # authors' code's; x_start goes through neither.
+        # Departs: the paper takes the embeddings as they are. The authors' code has dropout and
+        # LayerNorm here. x_start, the target's embedding, goes through neither.
         return self.embedding_norm(self.embedding_dropout(self.item_embeddings(history)))
 
     def approximate(self, e, mask, x_s, s, generator=None):
         """Eq. 13, then 12. e (B, L, d), mask (B, L), x_s (B, d), s (B,) -> x_hat (B, d)."""
-        # N(mean, variance) everywhere in the paper, so λ ~ N(δ, δ) has the standard deviation √δ.
+        # The paper writes N(mean, variance), so λ ~ N(δ, δ) has the standard deviation √δ. In the
+        # authors' code it is δ: --delta-is std.
         delta = self.config.delta
         std = math.sqrt(delta) if self.config.delta_is == "variance" else delta
         lambda_ = delta + std * noise_like(e, generator)  # (B, L, d)
-        d = step_embedding(s, e.shape[-1]).to(e.dtype)
-        z = e + lambda_ * (x_s + d)[:, None, :]  # Eq. 13
+        step = step_embedding(s, e.shape[-1]).to(e.dtype)
+
+        z = e + lambda_ * (x_s + step)[:, None, :]  # Eq. 13, where step is called d
         return self.approximator(z, mask)
 
     def forward(self, history, target):
-        """Algorithm 2, lines 10-14 without the update. history (B, L), target (B,) -> the loss."""
+        """Algorithm 2, lines 10 to 13 and the loss of line 14. history (B, L), target (B,)."""
         bfloat16 = uses_bfloat16(self.config.precision, history.device)
         with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
             x_start = self.item_embeddings(target)
-            s = torch.randint(self.config.steps, target.shape, device=target.device)
-            x_s = self.diffusion.q_sample(x_start, s, noise_like(x_start))  # Eq. 9
-            x_hat = self.approximate(self.embed(history), history != 0, x_s, s)
+            s = torch.randint(self.config.steps, target.shape, device=target.device)  # line 10
+            x_s = self.diffusion.q_sample(x_start, s, noise_like(x_start))  # line 11, Eq. 9
+            x_hat = self.approximate(self.embed(history), history != 0, x_s, s)  # lines 12, 13
             logits = x_hat @ self.item_embeddings.weight[1:].T  # (B, n_items)
-        return F.cross_entropy(logits.float(), target - 1)  # Eq. 18 and 19
+        return F.cross_entropy(logits.float(), target - 1)  # softmax, -log and mean: Eq. 18, 19
 
     @torch.no_grad()
     def reverse(self, history, generator=None):
-        """Algorithm 1: history (B, L) -> x_0 (B, d). Random, but never with dropout."""
+        """Algorithm 1, lines 9 to 14: history (B, L) -> x_0 (B, d). With noise, without dropout."""
         training = self.training
         self.eval()
         bfloat16 = uses_bfloat16(self.config.precision, history.device)
         with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
             e = self.embed(history)
             x_s = noise_like(e[:, 0], generator)
-            for step in reversed(range(self.config.steps)):
-                s = torch.full((len(history),), step, device=history.device)
-                x_hat = self.approximate(e, history != 0, x_s, s, generator)  # Eq. 16
+            for index in reversed(range(self.config.steps)):
+                s = torch.full((len(history),), index, device=history.device)
+                x_hat = self.approximate(e, history != 0, x_s, s, generator)  # Eq. 10 and 16
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
-                x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 17 and 10
+                x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 10 and 17
         self.train(training)
         return x_s
 
@@ -291,15 +304,16 @@ class DiffuRec(nn.Module):
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
-        # Departs: Eq. 21 subtracts vectors from a number. Their squared norms, 1 and 1, make it the
-        # negative squared distance of [9], but of normalised vectors.
+        # Departs: Eq. 21 subtracts two vectors from a number; here, their squared norms, 1 + 1.
+        # That is minus the squared distance of the normalised vectors. [9] does not normalise.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
     def recommend(self, history, k):
         """The k best items after each history (B, L), from one reversal: items, scores (B, k).
 
-        Reads the last max_len items. The noise follows from the seed, so the answer repeats itself.
+        Reads the last max_len items. The noise follows from the seed, so the same call gives the
+        same answer. Raises ValueError on what is no history, or if k is out of range.
         """
         if history.ndim != 2 or history.dtype != torch.int64 or not history.numel():
             raise ValueError("history: give a (B, L) tensor, not empty, of item ids as int64")
@@ -307,7 +321,7 @@ class DiffuRec(nn.Module):
         if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
             raise ValueError("history: each needs an item, and its padding (0) on the left")
         if not 0 <= history.min() <= history.max() <= self.n_items or not 1 <= k <= self.n_items:
-            raise ValueError(f"history, k: give item ids, and a k, from 1 to {self.n_items}")
+            raise ValueError(f"item ids and k must be from 1 to {self.n_items}")
         generator = torch.Generator(history.device).manual_seed(self.config.seed)
         x_0 = self.reverse(history[:, -self.config.max_len :], generator)
         scores, index = self.scores(x_0).topk(k)
@@ -319,9 +333,9 @@ def noise_like(x, generator=None):
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look inside
+@torch.compiler.assume_constant_result  # for those who compile the model with torch.compile
 def uses_bfloat16(precision, device):
-    """For speed: whether matrix products take bfloat16 numbers. "auto" does where it is faster."""
+    """For speed: True if matrix products use bfloat16; "auto" does where that is faster."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
@@ -331,7 +345,7 @@ def uses_bfloat16(precision, device):
 
 
 class Dropout(nn.Dropout):
-    """For speed: on a CPU, four elements share one random number of 64 bits."""
+    """Dropout that is faster on a CPU: four elements share one random number of 64 bits."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -358,44 +372,43 @@ class Sequences:
 
     @property
     def fingerprint(self):
-        """Tells these sequences from others: the users, the items and their order count."""
+        """A digest of all users and items. A run belongs to the data that have its fingerprint."""
         content = self.offsets.tobytes() + self.items.tobytes() + str(self.n_items).encode()
         return hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_sequences(path):
-    """Read the data format: a user a line, that user's item ids oldest first, spaces between.
+    """Read the data format: one line per user, that user's item ids oldest first, spaces between.
 
-    Raises OSError, or ValueError with the line of what is not in this format.
+    Raises OSError, or ValueError that names the first wrong line.
     """
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # a byte-order mark
+    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         for word in line.split():
-            if not re.fullmatch(rb"0*[1-9][0-9]{0,6}", word):
+            if not re.fullmatch("0*[1-9][0-9]{0,6}", word):  # at most seven digits
                 hint = f"if these are no sequences: python prepare_data.py NAME --raw {path}"
-                hint = "add 1 to every id, since 0 is padding" if word == b"0" else hint
-                shown = word[:40].decode(errors="replace")
-                raise ValueError(f"{path}:{number}: {shown!r} is not an item id; {hint}")
+                hint = "add 1 to every id, since 0 is padding" if word == "0" else hint
+                raise ValueError(f"{path}:{number}: {word[:40]!r} is not an item id; {hint}")
 
-    sequences = [list(map(int, line.split())) for line in lines]
-    kept = [i for i, sequence in enumerate(sequences) if len(sequence) >= 3]  # for leave-one-out
-    if not kept:
+    users = {number: list(map(int, line.split())) for number, line in enumerate(lines, 1)}
+    n_items = max(max(items, default=0) for items in users.values())
+    users = {number: items for number, items in users.items() if len(items) >= 3}
+    if not users:
         raise ValueError(f"{path}: no line has three items, but a line holds all items of a user")
-    items = np.array([item for i in kept for item in sequences[i]])
-    offsets = np.append(0, np.cumsum([len(sequences[i]) for i in kept]))
-    n_items = max(map(max, filter(None, sequences)))
-    if n_items > max(100_000, 100 * len(np.unique(items))):
+    items = np.concatenate(list(users.values()))
+    if n_items > max(100_000, 100 * len(np.unique(items))):  # each id has a row of embeddings
         raise ValueError(f"{path}: ids go up to {n_items:,} and few occur; number them from 1")
-    return Sequences(items, offsets, np.array(kept) + 1, n_items)
+    offsets = np.append(0, np.cumsum(list(map(len, users.values()))))
+    return Sequences(items, offsets, np.array(list(users)), n_items)
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
-    """One epoch of (history, target), in an order that rng, a NumPy Generator, decides.
+    """One epoch of (history, target), in random order; rng is a NumPy Generator.
 
     A user's training part is i_1..i_{n-2}: "7 3 9 4 8" gives 3 after 7, and 9 after 7 3.
     """
-    # Departs: Eq. 19 has one target a user. As in the authors' code, every item of a training part
-    # but the first is a target, with a step and noise of its own.
+    # Departs: Eq. 19 has one target per user. As in the authors' code, every item of a training
+    # part but the first is a target, with its own step and noise.
     first = sequences.offsets[:-1]
     last = sequences.offsets[1:] - 1
     targets = np.delete(np.arange(len(sequences.items)), np.concatenate([first, last - 1, last]))
@@ -414,8 +427,10 @@ def eval_batches(sequences, split, max_len, batch_size, device="cpu"):
 def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """Yield (history (B, L), target (B,)) for `targets`, positions in sequences.items.
 
-    Histories of like length share a batch, so that there is hardly any padding.
+    With rng the batches come in random order, without it the shortest first.
     """
+    # Departs: the paper says nothing of batches. Here histories of like length share one, so that
+    # there is hardly any padding.
     starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]
     lengths = np.minimum(targets - starts, max_len)
     order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
@@ -430,8 +445,8 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
         batch = slice(first, first + batch_size)
         longest = lengths[order[batch]].max()
         positions = targets[batch, None] + torch.arange(-longest, 0, device=device)  # (B, L)
-        history = items[positions.clamp(min=0)].masked_fill(positions < starts[batch, None], 0)
-        yield history, items[targets[batch]]
+        before = positions < starts[batch, None]  # the first item of the user: padding
+        yield items[positions.clamp(min=0)].masked_fill(before, 0), items[targets[batch]]
 
 
 # ---- 7. Evaluation (§5.1) -----------------------------------------------------------------------
@@ -440,14 +455,17 @@ WITHOUT = " without history"  # ends the names of the second ranking's metrics
 
 
 def ranks(scores, target):
-    """The rank of each target, from 1; ties count against it. scores (B, n_items), target (B,)."""
+    """The rank of each target, from 1; ties count against it. scores (B, n_items), target (B,).
+
+    Raises FloatingPointError if a score is not finite.
+    """
     if not scores.isfinite().all():
         raise FloatingPointError("a score is not finite; train again with a smaller --lr")
     return (scores >= scores.gather(1, target[:, None] - 1)).sum(1)
 
 
 def metrics(rank, suffix=""):
-    """HR@K and NDCG@K, means over the users, fractions of 1. rank (n_users,)."""
+    """HR@K and NDCG@K, means over the users between 0 and 1. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
     result = {}
     for k in (5, 10, 20):
@@ -459,21 +477,23 @@ def metrics(rank, suffix=""):
 
 @torch.no_grad()
 def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
-    """Metrics on a split, "validation" or "test", of two rankings by the same scores: of all items,
-    and of those that are not in the history. The noise follows from the seed and batch_size.
+    """The metrics of two rankings by the same scores: of all items, and without the history's.
 
-    ranks_file gets a line for each user, in the order of the data: the ranks in both.
+    split is "validation" or "test". The noise follows from the seed and batch_size. ranks_file
+    gets one line per user, in the order of the data, with the ranks in both.
     """
     device = model.item_embeddings.weight.device
     generator = torch.Generator(device).manual_seed(model.config.seed)
-    users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
+
+    # Whole histories, since the second ranking needs them; sorted by length, as eval_batches does.
+    users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
         rank[user, 0] = ranks(scores, target)
-        scores = F.pad(scores, (1, 0)).scatter(1, history, -1e30)  # column i: item i, 0: padding
-        rank[user, 1] = ranks(scores[:, 1:], target)
+        scores = F.pad(scores, (1, 0))  # column i is item i, and column 0 is padding
+        rank[user, 1] = ranks(scores.scatter(1, history, -1e30)[:, 1:], target)
 
     rank = rank.cpu()
     if ranks_file:
@@ -482,12 +502,12 @@ def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
 
 
 def popularity(sequences):
-    """The test metrics of ranking all items by how often the training parts have them."""
+    """The test metrics of ranking all items by their frequency in the training parts."""
     held_out = np.append(sequences.offsets[1:] - 1, sequences.offsets[1:] - 2)
     counts = np.bincount(np.delete(sequences.items, held_out), minlength=sequences.n_items + 1)[1:]
     target = sequences.items[sequences.offsets[1:] - 1]
-    rank = len(counts) - np.searchsorted(np.sort(counts), counts[target - 1])  # ties count against
-    return metrics(torch.from_numpy(rank))
+    rarer = np.searchsorted(np.sort(counts), counts[target - 1])  # how many items are rarer
+    return metrics(torch.from_numpy(len(counts) - rarer))
 
 
 # ---- 8. Training (Algorithm 2, §5.3) ------------------------------------------------------------
@@ -506,13 +526,15 @@ def train_epoch(model, sequences, optimizer, epoch):
         loss.backward()
         optimizer.step()
         total += loss.detach() * len(target)
-    return total.item() / (len(sequences.items) - 3 * sequences.n_users)
+    n_samples = len(sequences.items) - 3 * sequences.n_users  # all but i_1, i_{n-1} and i_n
+    return total.item() / n_samples
 
 
 def train(model, sequences, folder, state, eval_batch_size=512):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
-    Saves after each epoch; raises FloatingPointError before it would save numbers not finite.
+    Saves after each epoch. Raises FloatingPointError, without saving, if the loss or a weight is
+    not finite.
     """
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
@@ -523,8 +545,9 @@ def train(model, sequences, folder, state, eval_batch_size=512):
         epoch = state["epoch"] + 1
         started = time.perf_counter()
         loss = train_epoch(model, sequences, optimizer, epoch)
-        if not all(x.isfinite().all() for x in (torch.tensor(loss), *model.parameters())):
-            raise FloatingPointError(f"epoch {epoch}: not finite any more; try a smaller --lr")
+        if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"epoch {epoch}: the loss is not finite; try a smaller --lr")
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
         line = f"epoch {epoch}  loss {loss:.4f}"
 
@@ -536,38 +559,40 @@ def train(model, sequences, folder, state, eval_batch_size=512):
             state["waited"] += 1
             if result["NDCG@10"] > state["best"]:
                 state |= {"best": result["NDCG@10"], "best_epoch": epoch, "waited": 0}
-                state["best_weights"] = {k: v.clone() for k, v in model.state_dict().items()}
+                state["best_weights"] = weights
                 line += ", the best so far"
 
         minutes = sum(event.get("seconds", 0) for event in state["events"]) / 60
         print(f"{line}  about {minutes / epoch * (config.epochs - epoch):.0f} min left", flush=True)
-        state |= {"epoch": epoch, "weights": model.state_dict()}
-        state["optimizer"] = optimizer.state_dict()
+        state |= {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
         save_run(folder, state)
 
 
 def add_event(state, event, started, values):
-    """Put an event into the log of the run, with the seconds that have passed since it started."""
+    """Add an event to the run, with the seconds since `started`."""
     state["events"].append({"event": event, "seconds": time.perf_counter() - started} | values)
 
 
 def save_run(folder, state):
-    """Write the checkpoint, its digest behind it, then the log. A kill leaves each file whole."""
+    """Write the checkpoint, with its SHA-256 at the end, and the log.
+
+    Each is written aside and renamed, so a killed program leaves the old file or the new one.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     checkpoint = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     log = "".join(json.dumps(event) + "\n" for event in state["events"])
     for name, content in (("checkpoint.pt", checkpoint), ("log.jsonl", log.encode())):
-        with open(folder / "unfinished", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / "unfinished").write_bytes(content)
         os.replace(folder / "unfinished", folder / name)
 
 
 def load_checkpoint(path, weights="best_weights", **changes):
-    """(model, state) of a run, on the CPU; `changes` are settings to change, and `weights` may be
-    "weights", the last epoch's. Raises OSError, or ValueError on what is no whole checkpoint."""
+    """The model of a run, on the CPU, and the state that was saved.
+
+    `weights` is "best_weights" or, for the last epoch's, "weights". `changes` are settings that
+    replace those of the run. Raises OSError, or ValueError if the file is not a whole checkpoint.
+    """
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError(f"{path}: damaged, or of another program; train a new run")
@@ -579,16 +604,18 @@ def load_checkpoint(path, weights="best_weights", **changes):
 
 
 # ---- 9. Command line ----------------------------------------------------------------------------
-TOY = (2_000, 200, 20_001)
+# A dataset is recognised by its users, items and actions, as in Table 1, whatever its file's name.
 ML_1M = (6_040, 3_416, 999_611)
-OWN_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # users, items, actions (Table 1): DiffuRec's row, in %, in the order of METRICS
+TOY = (2_000, 200, 20_001)
+DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
+TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
     (281_428, 13_044, 3_485_022): (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810),  # Steam
     TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),  # the best that anybody can reach
 }
+CHANGEABLE = ("rounding", "precision", "seed")  # the settings that may change after training
 
 
 def train_command(args, path, sequences):
@@ -598,7 +625,7 @@ def train_command(args, path, sequences):
         folder, model, state = open_run(args, sequences, "weights", ("epochs", "patience"))
         state["config"] = asdict(model.config)
     else:
-        config = Config(**OWN_SETTINGS.get(counts, {}) | args.settings)
+        config = Config(**DATASET_SETTINGS.get(counts, {}) | args.settings)
         folder, model, state = new_run(args, path, sequences, config)
     print("data   {}: {:,} users, {:,} items, {:,} actions".format(path, *counts))
     print(f"run    {folder}, on {args.device}", flush=True)
@@ -608,7 +635,7 @@ def train_command(args, path, sequences):
     if counts in TABLE_2:
         label = "ceiling" if counts == TOY else "Table 2"
         others[label] = {name: value / 100 for name, value in zip(METRICS, TABLE_2[counts])}
-    if state["tested"] != state["epoch"]:
+    if state["tested"] != state["epoch"]:  # not if a finished run is resumed
         model.load_state_dict(state["best_weights"])
         started = time.perf_counter()
         result = evaluate(model, sequences, "test", args.eval_batch_size, folder / "ranks.txt")
@@ -633,11 +660,8 @@ def evaluate_command(args, sequences):
     save_run(folder, state)
 
 
-CHANGEABLE = ("rounding", "precision", "seed")  # the settings that may change after training
-
-
 def print_results(title, result, others):
-    """Both rankings of a result and, of all items, what to compare the first with; in %."""
+    """Print both rankings of a result in %, then other rows, which rank all items."""
     without = {metric: result[metric + WITHOUT] for metric in METRICS}
     rows = {"all items": result, "without the history's items": without}
     rows |= {f"{label}, all items": row for label, row in others.items()}
@@ -647,16 +671,19 @@ def print_results(title, result, others):
 
 
 def recommend_command(args, path, sequences):
-    """Ten items for a user (--recommend) or after a history (--history), and what §5.8 counts."""
+    """Ten items for a user (--recommend) or after a history (--history).
+
+    Also §5.8: how many different items 100 reversals have in their top 20.
+    """
     _, model, _ = open_run(args, sequences, "best_weights", CHANGEABLE)
-    titles, users = (load_names(path.with_suffix(f".{kind}.txt")) for kind in ("items", "users"))
+    titles = load_names(path.with_suffix(".items.txt"))
     history = [find_name(word, titles) for word in args.history or ()]
     if args.recommend:
-        user = sequences.lines == find_name(args.recommend, users)
-        if not user.any():
+        line = find_name(args.recommend, load_names(path.with_suffix(".users.txt")))
+        user = np.searchsorted(sequences.lines, line)
+        if line not in sequences.lines:
             raise ValueError(f"--recommend {args.recommend}: no user with three items in that line")
-        start, end = sequences.offsets[user.argmax() :][:2]
-        history = sequences.items[start:end].tolist()
+        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
     items, _ = model.recommend(torch.tensor([history], device=args.device), min(10, model.n_items))
 
     for heading, ids in (("the end of the history", history[-10:]), ("next", items[0].tolist())):
@@ -664,7 +691,7 @@ def recommend_command(args, path, sequences):
         for item in ids:
             print(f"{item:8}  {''.join(titles[item - 1 : item])}")
     latest = torch.tensor([history[-model.config.max_len :]] * 100, device=args.device)
-    top = model.scores(model.reverse(latest)).topk(min(20, model.n_items))[1]
+    top = model.scores(model.reverse(latest)).topk(min(20, model.n_items)).indices
     print(f"\n100 reversals of this history: {len(top.unique())} different items in their top 20")
 
 
@@ -674,7 +701,7 @@ def load_names(path):
 
 
 def find_name(word, names):
-    """The number that `word` is or, if it is none, that of the only name that begins with it."""
+    """`word` as a number or, if it is none, the number of the only name that begins with it."""
     if word.isdecimal() and len(word) < 8:
         return int(word)
     found = [i for i, name in enumerate(names, 1) if name.startswith(word)]
@@ -685,7 +712,10 @@ def find_name(word, names):
 
 
 def find_data(args):
-    """The path and the sequences of --data; a dataset that is not there yet is prepared first."""
+    """The path and the sequences of --data; a dataset that is not there yet is prepared first.
+
+    Raises OSError or ValueError.
+    """
     path = args.data_dir / f"{args.data}.txt"
     path = path if path.is_file() else Path(args.data)
     if not path.is_file():
@@ -697,6 +727,10 @@ def find_data(args):
 
     sequences = load_sequences(path)
     lengths = np.diff(sequences.offsets)
+    if lengths.max() == 3:
+        raise ValueError(f"{path}: no user has four items; training needs some who have")
+
+    # A table has few numbers in every line; where users' numbers come first, they rise.
     first = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first) > 0).all()
     if table and len(first) >= 10 and not args.not_a_table:
@@ -706,7 +740,7 @@ def find_data(args):
 
 
 def new_run(args, path, sequences, config):
-    """Folder, model and state of a new run, in --out or in a new one of runs/NAME-1, -2, ..."""
+    """Folder, model and state of a new run, in --out or in the next one of runs/NAME-1, -2, ..."""
     number = 1
     while Path("runs", f"{path.stem}-{number}").exists():
         number += 1
@@ -721,7 +755,8 @@ def new_run(args, path, sequences, config):
     torch.manual_seed(config.seed)
     model = DiffuRec(sequences.n_items, config).to(args.device)
     state = {"config": asdict(config), "n_items": model.n_items, "optimizer": None}
-    state |= {"weights": model.state_dict(), "best_weights": model.state_dict()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state |= {"weights": weights, "best_weights": weights}
     state |= {"epoch": 0, "best": -1.0, "best_epoch": 0, "waited": 0, "tested": -1}
     start = {"event": "start", "data": path.stem, "fingerprint": sequences.fingerprint}
     state["events"] = [start | {"config": state["config"]}]
@@ -730,16 +765,18 @@ def new_run(args, path, sequences, config):
 
 
 def open_run(args, sequences, weights, changeable):
-    """The same of the run in --out or of the newest one on these sequences."""
+    """Folder, model and state of the run in --out, or of the newest run on these sequences.
+
+    Raises ValueError if there is none, or if a setting was given that is not `changeable`.
+    """
     logs = args.out.glob("log.jsonl") if args.out else Path("runs").glob("*/log.jsonl")
     starts = {log: log.read_text(errors="replace").partition("\n")[0] for log in logs}
     logs = [log for log, start in starts.items() if sequences.fingerprint in start]
     if not logs:
         raise ValueError(f"no run on these data yet; train one first: {args.same}")
-    for name in args.settings.keys() - set(changeable):
-        raise ValueError(
-            f"{name} cannot change after a run began; leave it out, or train a new run"
-        )
+    fixed = [name for name in args.settings if name not in changeable]
+    if fixed:
+        raise ValueError(f"{fixed[0]} cannot change in a run; leave it out, or train a new run")
 
     folder = max(logs, key=lambda log: log.stat().st_mtime).parent
     args.lock = lock_run(folder)
@@ -748,7 +785,10 @@ def open_run(args, sequences, weights, changeable):
 
 
 def lock_run(folder):
-    """Keeps other programs out of a run while the result lives. The lock is one of SQLite's."""
+    """Keep other programs out of a run while the result is not closed.
+
+    SQLite's lock works on every system, and is freed however the program ends.
+    """
     lock = sqlite3.connect(folder / "lock", timeout=0)
     try:
         lock.execute("BEGIN EXCLUSIVE")
@@ -757,37 +797,24 @@ def lock_run(folder):
     return lock
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags")
-
-
 def parse_arguments(argv):
     """The command line; args.settings holds the settings of Config that were given."""
     form = argparse.RawDescriptionHelpFormatter
     about = __doc__.partition("\n\nThe file")[0]
-    parser = Parser(usage="python diffurec.py ...", description=about, formatter_class=form)
+    parser = argparse.ArgumentParser(usage="%(prog)s ...", description=about, formatter_class=form)
+    parser.error = refuse_arguments  # one line, from main, instead of a page
     add = parser.add_argument
     add("--data", default="toy", help="toy, beauty, toys, ml-1m, steam, or a file of sequences")
     add("--data-dir", type=Path, default="data", help="folder of the datasets (default: data)")
     add("--out", type=Path, help="folder of the run (default: runs/NAME-1, -2, ...)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--not-a-table", action="store_true", help="the file only looks like a table")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the newest run on these data")
     add("--evaluate", action="store_true", help="score its best epoch on both splits")
     add("--recommend", metavar="USER", help="ten items for the user in this line, or of this name")
     add("--history", metavar="ITEM", nargs="+", help="ten items after these, ids or titles")
-    add("--not-a-table", action="store_true", help="take the file for sequences all the same")
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
-    for field in fields(Config):
-        words = get_args(field.type)
-        text = ": ".join((comments[field.name], *([", ".join(words)] if words else [])))
-        add(
-            "--" + field.name.replace("_", "-"),
-            type=str if words else field.type,
-            metavar="X",
-            default=argparse.SUPPRESS,
-            help=f"{text} (default: {field.default})",
-        )
+    add_settings(parser)
 
     args = parser.parse_args(argv)
     args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
@@ -804,11 +831,26 @@ def parse_arguments(argv):
     return args
 
 
+def add_settings(parser):
+    """A flag for each setting, whose help is its comment in Config."""
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    for field in fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        words = get_args(field.type) or None
+        kind = str if words else field.type
+        text = f"{comments[field.name]} (default: {field.default})"
+        parser.add_argument(flag, type=kind, choices=words, default=argparse.SUPPRESS, help=text)
+
+
+def refuse_arguments(message):
+    raise ValueError(f"{message}; --help lists the flags")
+
+
 def main(argv=None):
     """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # less memory, no slower
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of compiled products
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
             stream.reconfigure(errors="replace")
 
     try:
@@ -826,7 +868,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "stopped; --resume goes on after the last whole epoch"
+        status, message = 130, "stopped; --resume goes on after the last finished epoch"
     except FloatingPointError as error:
         status, message = 1, error
     except (OSError, ValueError) as error:

@@ -251,6 +251,17 @@ class DiffuRec(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.hidden)
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
+        units = torch.cpu.get_capabilities()
+        self.fast_bfloat16 = {
+            "cpu": units.get("amx_bf16", False) or units.get("avx512_bf16", False),
+            "cuda": torch.cuda.is_bf16_supported(including_emulation=False),
+        }
+
+    def autocast(self, device):
+        """For speed: inside, matrix products use bfloat16; "auto" does where that is faster."""
+        fast = self.fast_bfloat16.get(device, False)
+        bfloat16 = {"auto": fast, "bfloat16": True, "float32": False}[self.config.precision]
+        return torch.autocast(device, torch.bfloat16, bfloat16)
 
     def embed(self, history):
         """e_1..e_n. history (B, L) -> (B, L, d)."""
@@ -272,8 +283,7 @@ class DiffuRec(nn.Module):
 
     def forward(self, history, target):
         """Algorithm 2, lines 10 to 13 and the loss of line 14. history (B, L), target (B,)."""
-        bfloat16 = uses_bfloat16(self.config.precision, history.device)
-        with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
+        with self.autocast(history.device.type):
             x_start = self.item_embeddings(target)
             s = torch.randint(self.config.steps, target.shape, device=target.device)  # line 10
             x_s = self.diffusion.q_sample(x_start, s, noise_like(x_start))  # line 11, Eq. 9
@@ -286,8 +296,7 @@ class DiffuRec(nn.Module):
         """Algorithm 1, lines 9 to 14: history (B, L) -> x_0 (B, d). With noise, without dropout."""
         training = self.training
         self.eval()
-        bfloat16 = uses_bfloat16(self.config.precision, history.device)
-        with torch.autocast(history.device.type, torch.bfloat16, bfloat16):
+        with self.autocast(history.device.type):
             e = self.embed(history)
             x_s = noise_like(e[:, 0], generator)
             for index in reversed(range(self.config.steps)):
@@ -331,17 +340,6 @@ class DiffuRec(nn.Module):
 def noise_like(x, generator=None):
     """ε ~ N(0, I) in the shape of x; without a generator, from PyTorch's own random numbers."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
-@torch.compiler.assume_constant_result  # for those who compile the model with torch.compile
-def uses_bfloat16(precision, device):
-    """For speed: True if matrix products use bfloat16; "auto" does where that is faster."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    units = torch.cpu.get_capabilities()
-    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
 
 
 class Dropout(nn.Dropout):
@@ -642,7 +640,7 @@ def train_command(args, path, sequences):
         state["events"] += [{"event": label} | row for label, row in others.items()]
         add_event(state, "test", started, {"epoch": state["best_epoch"]} | result)
         state["tested"] = state["epoch"]
-        save_run(folder, state)
+    save_run(folder, state)
 
     result = [event for event in state["events"] if event["event"] == "test"][-1]
     print_results(f"test, epoch {result['epoch']}", result, others)
@@ -726,16 +724,15 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
 
     sequences = load_sequences(path)
-    lengths = np.diff(sequences.offsets)
-    if lengths.max() == 3:
-        raise ValueError(f"{path}: no user has four items; training needs some who have")
-
     # A table has few numbers in every line; where users' numbers come first, they rise.
+    lengths = np.diff(sequences.offsets)
     first = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first) > 0).all()
     if table and len(first) >= 10 and not args.not_a_table:
         hint = f"python prepare_data.py NAME --raw {path}, or add --not-a-table if it is none"
         raise ValueError(f"{path} looks like a table, or begins with the users' numbers: {hint}")
+    if lengths.max() == 3:
+        raise ValueError(f"{path}: no user has four items; training needs some who have")
     return path, sequences
 
 
@@ -747,7 +744,7 @@ def new_run(args, path, sequences, config):
     folder = args.out or Path("runs", f"{path.stem}-{number}")
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file or a broken link; name a folder")
-    if (folder / "checkpoint.pt").exists():
+    if (folder / "log.jsonl").exists():
         raise ValueError(f"--out {folder} holds a run; --resume it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     args.lock = lock_run(folder)
@@ -785,9 +782,9 @@ def open_run(args, sequences, weights, changeable):
 
 
 def lock_run(folder):
-    """Keep other programs out of a run while the result is not closed.
+    """Keep other programs out of a run until the result is closed, or this program ends.
 
-    SQLite's lock works on every system, and is freed however the program ends.
+    The lock is SQLite's, which works on every system.
     """
     lock = sqlite3.connect(folder / "lock", timeout=0)
     try:
@@ -822,6 +819,7 @@ def parse_arguments(argv):
     same += ["--data-dir", args.data_dir] if args.data_dir != Path("data") else []
     same += ["--out", args.out] if args.out else []
     args.same = shlex.join(map(str, same))
+    args.lock = None  # that of the run, from when it is open
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.eval_batch_size = 4096 if args.device.startswith("cuda") else 512
     try:
@@ -846,23 +844,34 @@ def refuse_arguments(message):
     raise ValueError(f"{message}; --help lists the flags")
 
 
-def main(argv=None):
-    """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of compiled products
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            stream.reconfigure(errors="replace")
-
+def run(argv):
+    """Read the command line and call the command that it asks for."""
+    args = parse_arguments(argv)
+    path, sequences = find_data(args)
     try:
-        args = parse_arguments(argv)
-        path, sequences = find_data(args)
         if args.evaluate:
             evaluate_command(args, sequences)
         elif args.recommend or args.history:
             recommend_command(args, path, sequences)
         else:
             train_command(args, path, sequences)
-        sys.stdout.flush()
+    finally:
+        if args.lock:
+            args.lock.close()
+
+
+def main(argv=None):
+    """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of compiled products
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="replace")  # names that the terminal cannot show
+
+    try:
+        try:
+            run(argv)
+        finally:
+            sys.stdout.flush()
         return 0
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -870,9 +879,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, "stopped; --resume goes on after the last finished epoch"
     except FloatingPointError as error:
-        status, message = 1, error
+        status, message = 1, str(error)
     except (OSError, ValueError) as error:
-        status, message = 2, error
+        status, message = 2, str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

@@ -561,8 +561,10 @@ def train(model, sequences, folder, state, eval_batch_size=512):
                 state["best_weights"] = weights
                 line += ", the best so far"
 
-        minutes = sum(event.get("seconds", 0) for event in state["events"]) / 60
-        print(f"{line}  about {minutes / epoch * (config.epochs - epoch):.0f} min left", flush=True)
+        spent = sum(event.get("seconds", 0) for event in state["events"]) / 60
+        left = spent / epoch * (config.epochs - epoch)
+        left = f"about {left:.0f} min" if left >= 1 else "less than a minute"
+        print(f"{line}  {left} left", flush=True)
         state |= {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
         save_run(folder, state)
 

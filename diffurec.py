@@ -767,20 +767,22 @@ def new_run(args, path, sequences, config):
 def open_run(args, sequences, weights, changeable):
     """Folder, model and state of the run in --out, or of the newest run on these sequences.
 
-    Raises ValueError if there is none, or if a setting was given that is not `changeable`.
+    Raises ValueError if there is none, or if another setting than the `changeable` ones differs.
     """
     logs = args.out.glob("log.jsonl") if args.out else Path("runs").glob("*/log.jsonl")
     starts = {log: log.read_text(errors="replace").partition("\n")[0] for log in logs}
     logs = [log for log, start in starts.items() if sequences.fingerprint in start]
     if not logs:
         raise ValueError(f"no run on these data yet; train one first: {args.same}")
-    fixed = [name for name in args.settings if name not in changeable]
-    if fixed:
-        raise ValueError(f"{fixed[0]} cannot change in a run; leave it out, or train a new run")
-
     folder = max(logs, key=lambda log: log.stat().st_mtime).parent
     args.lock = lock_run(folder)
-    model, state = load_checkpoint(folder / "checkpoint.pt", weights, **args.settings)
+
+    changes = {name: value for name, value in args.settings.items() if name in changeable}
+    model, state = load_checkpoint(folder / "checkpoint.pt", weights, **changes)
+    for name, value in args.settings.items():
+        kept = getattr(model.config, name)
+        if value != kept:
+            raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
     return folder, model.to(args.device), state
 
 

@@ -363,7 +363,7 @@ def choose_rows(users, items, times, core, once) -> np.ndarray:
     what = "{:,} users and {:,} items outside the {}-core, {:,} rows in all"
     print("  dropped " + what.format(*gone, core, len(before) - len(rows)))
 
-    # A stable sort: where times tie, the file's order stays (row 18 of the README's table).
+    # A stable sort: where times tie, the file's order stays.
     rows = rows[np.lexsort((times[rows], users[rows]))]
     if once:
         first = first_of_each(users[rows], items[rows])
@@ -531,8 +531,9 @@ def check_request(name, raw, core, reviews) -> None:
         raise ValueError(f"{name!r} is no name for a dataset; use letters, digits and . _ -")
     if raw is None and name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1)
-        guess = f"did you mean {near[0]}" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"no dataset {name!r}; {guess}, or data of your own with --raw FILE?")
+        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)};"
+        own = f"or prepare data of your own: python prepare_data.py {name} --raw FILE"
+        raise ValueError(f"no dataset {name!r}; {guess} {own}")
     if core is not None and core < 1:
         raise ValueError("--core is 1, which keeps everything, or more")
     if name == "toy" and (raw is not None or core is not None):

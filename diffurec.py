@@ -52,9 +52,9 @@ from torch import nn
 class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
-    # Departs: §5.7 sees the loss converge after 150 epochs, here validation is flat from 30 on. How
-    # embeddings begin is not in the paper. epochs, embedding_dropout and embedding_std were chosen
-    # on Beauty's validation split.
+    # Departs: §5.7 sees Beauty's loss converge after 150 epochs, but its validation is flat from 30
+    # on. How embeddings begin is not in the paper. epochs, embedding_dropout and embedding_std were
+    # chosen on that validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
     seed: int = 1  # seed of the random numbers: another seed gives another run
     eval_every: int = 5  # epochs from one validation to the next
@@ -301,10 +301,11 @@ class DiffuRec(nn.Module):
         self.eval()
         with self.autocast(history.device.type):
             e = self.embed(history)
-            x_s = noise_like(e[:, 0], generator)
+            mask = history != 0
+            x_s = noise_like(e[:, 0], generator)  # the paper's x_t
             for index in reversed(range(self.config.steps)):
                 s = torch.full((len(history),), index, device=history.device)
-                x_hat = self.approximate(e, history != 0, x_s, s, generator)  # Eq. 10 and 16
+                x_hat = self.approximate(e, mask, x_s, s, generator)  # Eq. 10 and 16
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
                 x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 10 and 17
@@ -704,7 +705,9 @@ def recommend_command(args, path, sequences):
 
 def load_names(path):
     """The lines of an .items.txt or .users.txt file: entry i - 1 is the name of i."""
-    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    if not path.is_file():
+        return []
+    return path.read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
 
 
 def find_name(word, names):

@@ -11,13 +11,11 @@ The file follows the paper, whose sections (§), equations (Eq.), algorithms and
 Where it departs from the paper's text, a comment says why: `grep -A2 Departs: diffurec.py`.
 
 Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
-Items    have the ids 1..n_items, 0 is padding. history is (B, L), padded on the left; target, the
-         item that comes next, is (B,).
+Items    have the ids 1..n_items. history (B, L) has 0, padding, on its left; target (B,) is next.
 Steps    count from 0: index s in the code is the paper's step s + 1.
 Vectors  (B, d) stand for the target: x_start is its embedding, the paper's e_{n+1}; x_s is x_start
-         after the noise of the steps up to index s; x_hat, the paper's x̂_0, is what the
-         approximator makes of a history and x_s; x_0 is the end of a reversal, that is its last
-         x_hat, and the items are scored by it.
+         after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the approximator
+         makes of a history and x_s; x_0 is the last x_hat of a reversal. It scores the items.
 """
 
 import sys
@@ -26,15 +24,15 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("diffurec.py: needs Python 3.11 or newer")
 
 import argparse
-import ctypes
+import copy
 import hashlib
 import inspect
 import io
 import json
 import math
-import os
 import re
 import shlex
+import signal
 import sqlite3
 import time
 from dataclasses import asdict, dataclass, fields
@@ -83,14 +81,12 @@ class Config:
             words = get_args(field.type)  # of a Literal
             low = 1 if field.type is int and field.name != "seed" else 0
             high = 0.99 if "dropout" in field.name else 10**9
-            in_range = not words and type(value) in (int, field.type) and low <= value <= high
-            if not in_range and value not in words:
-                kind = "a whole number" if field.type is int else "a number"
-                choice = " or ".join(words) or f"{kind} from {low} to {high}"
+            number = type(value) in (int, field.type) and low <= value <= high
+            if not (value in words if words else number):
+                choice = " or ".join(words) or f"{field.type.__name__} from {low} to {high}"
                 raise ValueError(f"{field.name} is {value!r}, but must be {choice}")
         if self.hidden % self.heads or self.hidden % 2:
-            heads = f"heads, {self.heads}"
-            raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by {heads}")
+            raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
@@ -255,10 +251,9 @@ class DiffuRec(nn.Module):
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
         units = torch.cpu.get_capabilities()
-        self.fast_bfloat16 = {
-            "cpu": units.get("amx_bf16", False) or units.get("avx512_bf16", False),
-            "cuda": torch.cuda.is_bf16_supported(including_emulation=False),
-        }
+        cpu = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+        cuda = torch.cuda.is_bf16_supported(including_emulation=False)
+        self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
 
     def autocast(self, device):
         """For speed: inside, matrix products use bfloat16; "auto" does where that is faster."""
@@ -366,17 +361,9 @@ class Sequences:
     items: np.ndarray  # int64, the items of all users, one user after another
     offsets: np.ndarray  # int64, n_users + 1: user u has items[offsets[u] : offsets[u + 1]]
     lines: np.ndarray  # int64, n_users: the line of the file that each user is, from 1
+    n_users: int
     n_items: int  # the largest id in the file
-
-    @property
-    def n_users(self):
-        return len(self.lines)
-
-    @property
-    def fingerprint(self):
-        """A digest of all users and items. A run belongs to the data that have its fingerprint."""
-        content = self.offsets.tobytes() + self.items.tobytes() + str(self.n_items).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+    fingerprint: str  # a digest of all this: a run belongs to the data that have its fingerprint
 
 
 def load_sequences(path):
@@ -384,24 +371,30 @@ def load_sequences(path):
 
     Raises OSError, or ValueError that names the first wrong line.
     """
-    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    text = Path(path).read_text("utf-8-sig", errors="replace")
+    users = {}  # by the number of their line
+    n_items = 0
+    for number, line in enumerate(text.split("\n"), 1):
         for word in line.split():
             if not re.fullmatch("0*[1-9][0-9]{0,6}", word):  # at most seven digits
                 hint = f"if these are no sequences: python prepare_data.py NAME --raw {path}"
                 hint = "add 1 to every id, since 0 is padding" if word == "0" else hint
                 raise ValueError(f"{path}:{number}: {word[:40]!r} is not an item id; {hint}")
+        items = [int(word) for word in line.split()]
+        n_items = max([n_items, *items])
+        if len(items) >= 3:
+            users[number] = items
 
-    users = {number: list(map(int, line.split())) for number, line in enumerate(lines, 1)}
-    n_items = max(max(items, default=0) for items in users.values())
-    users = {number: items for number, items in users.items() if len(items) >= 3}
     if not users:
         raise ValueError(f"{path}: no line has three items, but a line holds all items of a user")
     items = np.concatenate(list(users.values()))
     if n_items > max(100_000, 100 * len(np.unique(items))):  # each id has a row of embeddings
         raise ValueError(f"{path}: ids go up to {n_items:,} and few occur; number them from 1")
-    offsets = np.append(0, np.cumsum(list(map(len, users.values()))))
-    return Sequences(items, offsets, np.array(list(users)), n_items)
+    offsets = np.cumsum([0, *map(len, users.values())])
+    lines = np.array(list(users))
+    content = offsets.tobytes() + items.tobytes() + str(n_items).encode()
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]
+    return Sequences(items, offsets, lines, len(users), n_items, fingerprint)
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
@@ -478,13 +471,14 @@ def metrics(rank, suffix=""):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, split, batch_size=512, ranks_file=None):
+def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     """The metrics of two rankings by the same scores: of all items, and without the history's.
 
     split is "validation" or "test". The noise follows from the seed and batch_size. ranks_file
     gets one line per user, in the order of the data, with the ranks in both.
     """
     device = model.item_embeddings.weight.device
+    batch_size = batch_size or (4096 if device.type == "cuda" else 512)
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 
@@ -532,43 +526,40 @@ def train_epoch(model, sequences, optimizer, epoch):
     return total.item() / n_samples
 
 
-def train(model, sequences, folder, state, eval_batch_size=512):
+def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
-    Saves after each epoch. Raises FloatingPointError, without saving, if the loss or a weight is
-    not finite.
+    Saves after each epoch. Raises FloatingPointError, without saving, if the loss is not finite.
     """
     config = model.config
+    patience = config.patience * config.eval_every  # in epochs
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
 
-    while state["epoch"] < config.epochs and state["waited"] < config.patience:
+    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < patience:
         epoch = state["epoch"] + 1
         started = time.perf_counter()
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"epoch {epoch}: the loss is not finite; try a smaller --lr")
-        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        weights = copy.deepcopy(model.state_dict())
+        state |= {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
         line = f"epoch {epoch}  loss {loss:.4f}"
 
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             started = time.perf_counter()
-            result = evaluate(model, sequences, "validation", eval_batch_size)
+            result = evaluate(model, sequences, "validation")
             add_event(state, "validation", started, {"epoch": epoch} | result)
             line += f"  validation HR@10 {result['HR@10']:.2%}, NDCG@10 {result['NDCG@10']:.2%}"
-            state["waited"] += 1
             if result["NDCG@10"] > state["best"]:
-                state |= {"best": result["NDCG@10"], "best_epoch": epoch, "waited": 0}
-                state["best_weights"] = weights
+                state |= {"best": result["NDCG@10"], "best_epoch": epoch, "best_weights": weights}
                 line += ", the best so far"
 
         spent = sum(event.get("seconds", 0) for event in state["events"]) / 60
-        left = spent / epoch * (config.epochs - epoch)
-        left = f"about {left:.0f} min" if left >= 1 else "less than a minute"
-        print(f"{line}  {left} left", flush=True)
-        state |= {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
+        left = math.ceil(spent / epoch * (config.epochs - epoch))
+        print(f"{line}  about {left} min left", flush=True)
         save_run(folder, state)
 
 
@@ -588,19 +579,24 @@ def save_run(folder, state):
     log = "".join(json.dumps(event) + "\n" for event in state["events"])
     for name, content in (("checkpoint.pt", checkpoint), ("log.jsonl", log.encode())):
         (folder / "unfinished").write_bytes(content)
-        os.replace(folder / "unfinished", folder / name)
+        (folder / "unfinished").replace(folder / name)
 
 
 def load_checkpoint(path, weights="best_weights", **changes):
     """The model of a run, on the CPU, and the state that was saved.
 
     `weights` is "best_weights" or, for the last epoch's, "weights". `changes` are settings that
-    replace those of the run. Raises OSError, or ValueError if the file is not a whole checkpoint.
+    replace the run's. Raises OSError, or ValueError on a file that is not a whole checkpoint and
+    on a change of another setting than CHANGEABLE.
     """
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError(f"{path}: damaged, or of another program; train a new run")
     state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+
+    for name, kept in state["config"].items():
+        if changes.get(name, kept) != kept and name not in CHANGEABLE:
+            raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers as they are
         model = DiffuRec(state["n_items"], Config(**state["config"] | changes))
     model.load_state_dict(state[weights])
@@ -617,116 +613,87 @@ TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
     (281_428, 13_044, 3_485_022): (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810),  # Steam
-    TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),  # the best that anybody can reach
+    TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),  # the best that is possible
 }
-CHANGEABLE = ("rounding", "precision", "seed")  # the settings that may change after training
+CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # settings that may differ later
 
 
-def train_command(args, path, sequences):
-    """Train a new run or, with --resume, go on with one; then score the test split."""
-    counts = (sequences.n_users, sequences.n_items, len(sequences.items))
+def train_command(args, sequences, folder):
+    """Train a new run, or go on with one (--resume); then score its best epoch."""
     if args.resume:
-        folder, model, state = open_run(args, sequences, "weights", ("epochs", "patience"))
+        model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
         state["config"] = asdict(model.config)
     else:
-        config = Config(**DATASET_SETTINGS.get(counts, {}) | args.settings)
-        folder, model, state = new_run(args, path, sequences, config)
-    print("data   {}: {:,} users, {:,} items, {:,} actions".format(path, *counts))
-    print(f"run    {folder}, on {args.device}", flush=True)
-    if state["tested"] == state["epoch"]:
-        print("finished; larger --epochs, or --patience if that ended it, let it go on")
-    train(model, sequences, folder, state, args.eval_batch_size)
+        torch.manual_seed(args.config.seed)
+        model = DiffuRec(sequences.n_items, args.config)
+        state = {"config": asdict(args.config), "n_items": model.n_items, "optimizer": None}
+        state |= {"epoch": 0, "best": -1, "best_epoch": 0}
+        state["best_weights"] = copy.deepcopy(model.state_dict())
+        start = {"event": "start", "data": args.data, "fingerprint": sequences.fingerprint}
+        state["events"] = [start | {"config": state["config"]}]
 
-    others = {"popularity": popularity(sequences)}
-    if counts in TABLE_2:
-        label = "ceiling" if counts == TOY else "Table 2"
-        others[label] = {name: value / 100 for name, value in zip(METRICS, TABLE_2[counts])}
-    if state["tested"] != state["epoch"]:  # not if a finished run is resumed
-        model.load_state_dict(state["best_weights"])
-        started = time.perf_counter()
-        result = evaluate(model, sequences, "test", args.eval_batch_size, folder / "ranks.txt")
-        state["events"] += [{"event": label} | row for label, row in others.items()]
-        add_event(state, "test", started, {"epoch": state["best_epoch"]} | result)
-        state["tested"] = state["epoch"]
-    save_run(folder, state)
-
-    result = [event for event in state["events"] if event["event"] == "test"][-1]
-    print_results(f"test, epoch {result['epoch']}", result, others)
+    train(model.to(args.device), sequences, folder, state)
+    score(args, sequences, folder, "test")
     print(f"\nnext: {args.same} --recommend {sequences.lines[0]}")
 
 
-def evaluate_command(args, sequences):
-    """Score a run's best epoch on both splits, and add the figures to its log."""
-    folder, model, state = open_run(args, sequences, "best_weights", CHANGEABLE)
-    print(f"run    {folder}, on {args.device}")
-    for split in ("validation", "test"):
-        started = time.perf_counter()
-        result = evaluate(model, sequences, split, args.eval_batch_size)
-        add_event(state, "evaluate", started, {"split": split} | result)
-        print_results(f"{split}, epoch {state['best_epoch']}", result, {})
+def score(args, sequences, folder, split):
+    """Score a run's best epoch, add the figures to its log, and print both rankings in %."""
+    model, state = load_checkpoint(folder / "checkpoint.pt", **args.settings)
+    ranks_file = None if args.evaluate else folder / "ranks.txt"
+    started = time.perf_counter()
+    result = evaluate(model.to(args.device), sequences, split, ranks_file=ranks_file)
+    others = {"popularity": popularity(sequences)} if split == "test" else {}
+    if split == "test" and args.counts in TABLE_2:
+        label = "ceiling" if args.counts == TOY else "Table 2"
+        others[label] = {name: value / 100 for name, value in zip(METRICS, TABLE_2[args.counts])}
+
+    values = {"epoch": state["best_epoch"]} | result
+    if args.evaluate:
+        add_event(state, "evaluate", started, {"split": split} | args.settings | values)
+    else:  # in place of the test of a run that has been extended
+        kept = ("start", "epoch", "validation", "evaluate")
+        state["events"] = [event for event in state["events"] if event["event"] in kept]
+        state["events"] += [{"event": label} | row for label, row in others.items()]
+        add_event(state, "test", started, values)
     save_run(folder, state)
 
-
-def print_results(title, result, others):
-    """Print both rankings of a result in %, then other rows, which rank all items."""
-    without = {metric: result[metric + WITHOUT] for metric in METRICS}
-    rows = {"all items": result, "without the history's items": without}
+    rows = {"all items": result}
+    rows["without the history's items"] = {name: result[name + WITHOUT] for name in METRICS}
     rows |= {f"{label}, all items": row for label, row in others.items()}
-    print(f"\n{title:28}", *(f"{metric:>8}" for metric in METRICS))
+    title = f"{split}, epoch {state['best_epoch']}"
+    print(f"\n{title:28}", *(f"{name:>8}" for name in METRICS))
     for label, row in rows.items():
-        print(f"{label:28}", *(f"{100 * row[metric]:8.2f}" for metric in METRICS))
+        print(f"{label:28}", *(f"{100 * row[name]:8.2f}" for name in METRICS))
 
 
-def recommend_command(args, path, sequences):
-    """Ten items for a user (--recommend) or after a history (--history).
-
-    Also §5.8: how many different items 100 reversals have in their top 20.
-    """
-    folder, model, state = open_run(args, sequences, "best_weights", CHANGEABLE)
-    print(f"run    {folder}, epoch {state['best_epoch']}")
-    titles = load_names(path.with_suffix(".items.txt"))
-    history = [find_name(word, titles) for word in args.history or ()]
+def recommend_command(args, sequences, folder, names):
+    """Ten items for a user or after a history; §5.8: the items in the top 20 of 100 reversals."""
+    model, _ = load_checkpoint(folder / "checkpoint.pt", **args.settings)
+    model.to(args.device)
+    history = args.history
     if args.recommend is not None:
-        line = find_name(args.recommend, load_names(path.with_suffix(".users.txt")))
-        user = np.searchsorted(sequences.lines, line)
-        if line not in sequences.lines:
+        lines = sequences.lines.tolist()
+        if args.recommend not in lines:
             raise ValueError(f"--recommend {args.recommend}: no user with three items in that line")
+        user = lines.index(args.recommend)
         history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
-    items, _ = model.recommend(torch.tensor([history], device=args.device), min(10, model.n_items))
 
-    for heading, ids in (("the end of the history", history[-10:]), ("next", items[0].tolist())):
+    history = torch.tensor([history], device=args.device)
+    items, _ = model.recommend(history, min(10, model.n_items))
+    titles = names.read_text("utf-8-sig", "replace").split("\n") if names.is_file() else []
+    for heading, ids in (("the end of the history", history[0, -10:]), ("next", items[0])):
         print(f"\n    item  {heading}")
-        for item in ids:
+        for item in ids.tolist():
             print(f"{item:8}  {''.join(titles[item - 1 : item])}")
-    latest = torch.tensor([history[-model.config.max_len :]] * 100, device=args.device)
-    top = model.scores(model.reverse(latest)).topk(min(20, model.n_items)).indices
+
+    reversals = model.reverse(history[:, -model.config.max_len :].expand(100, -1))
+    top = model.scores(reversals).topk(min(20, model.n_items)).indices
     print(f"\n100 reversals of this history: {len(top.unique())} different items in their top 20")
 
 
-def load_names(path):
-    """The lines of an .items.txt or .users.txt file: entry i - 1 is the name of i."""
-    if not path.is_file():
-        return []
-    return path.read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
-
-
-def find_name(word, names):
-    """`word` as a number or, if it is none, the number of the only name that begins with it."""
-    if word.isdecimal() and len(word) < 8:
-        return int(word)
-    found = [i for i, name in enumerate(names, 1) if name.startswith(word)]
-    found = [i for i in found if names[i - 1] == word] or found
-    if len(found) != 1:
-        hint = "give a number or more of the name, and spaces between items"
-        raise ValueError(f"{len(found)} names begin with {word!r}; {hint}")
-    return found[0]
-
-
 def find_data(args):
-    """The path and the sequences of --data; a dataset that is not there yet is prepared first.
-
-    Raises OSError or ValueError.
-    """
+    """The path and the sequences of --data; a dataset that is not there yet is prepared first."""
     path = args.data_dir / f"{args.data}.txt"
     path = path if path.is_file() else Path(args.data)
     if not path.is_file():
@@ -737,8 +704,8 @@ def find_data(args):
         except ModuleNotFoundError:
             raise ValueError(f"{path}: no such file, and no prepare_data.py to make it") from None
         path = prepare_data.prepare(args.data, args.data_dir)
-
     sequences = load_sequences(path)
+
     # A table has few numbers in every line; where users' numbers come first, they rise.
     lengths = np.diff(sequences.offsets)
     first = sequences.items[sequences.offsets[:-1]]
@@ -751,103 +718,52 @@ def find_data(args):
     return path, sequences
 
 
-def new_run(args, path, sequences, config):
-    """Folder, model and state of a new run, in --out or in the next one of runs/NAME-1, -2, ..."""
+def find_run(args, path, sequences):
+    """The folder of a new run or, for all but training, of the newest run on these sequences."""
+    if args.resume or args.evaluate or args.recommend is not None or args.history:
+        logs = (args.out or Path("runs")).rglob("log.jsonl")
+        logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
+        if not logs:
+            raise ValueError(
+                "no run on these data yet; train one first, with --data and --out alone"
+            )
+        return max(logs, key=lambda log: log.stat().st_mtime).parent
+
     number = 1
     while Path("runs", f"{path.stem}-{number}").exists():
         number += 1
     folder = args.out or Path("runs", f"{path.stem}-{number}")
-    if os.path.lexists(folder) and not folder.is_dir():
+    if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file or a broken link; name a folder")
     if (folder / "log.jsonl").exists():
         raise ValueError(f"--out {folder} holds a run; --resume it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    args.lock = lock_run(folder)
-
-    torch.manual_seed(config.seed)
-    model = DiffuRec(sequences.n_items, config).to(args.device)
-    state = {"config": asdict(config), "n_items": model.n_items, "optimizer": None}
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state |= {"weights": weights, "best_weights": weights}
-    state |= {"epoch": 0, "best": -1.0, "best_epoch": 0, "waited": 0, "tested": -1}
-    start = {"event": "start", "data": path.stem, "fingerprint": sequences.fingerprint}
-    state["events"] = [start | {"config": state["config"]}]
-    save_run(folder, state)
-    return folder, model, state
-
-
-def open_run(args, sequences, weights, changeable):
-    """Folder, model and state of the run in --out, or of the newest run on these sequences.
-
-    Raises ValueError if there is none, or if another setting than the `changeable` ones differs.
-    """
-    logs = args.out.glob("log.jsonl") if args.out else Path("runs").glob("*/log.jsonl")
-    starts = {log: log.read_text(errors="replace").partition("\n")[0] for log in logs}
-    logs = [log for log, start in starts.items() if sequences.fingerprint in start]
-    if not logs:
-        raise ValueError(f"no run on these data yet; train one first: {args.same}")
-    folder = max(logs, key=lambda log: log.stat().st_mtime).parent
-    args.lock = lock_run(folder)
-
-    changes = {name: value for name, value in args.settings.items() if name in changeable}
-    model, state = load_checkpoint(folder / "checkpoint.pt", weights, **changes)
-    for name, value in args.settings.items():
-        kept = getattr(model.config, name)
-        if value != kept:
-            raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
-    return folder, model.to(args.device), state
-
-
-def lock_run(folder):
-    """Keep other programs out of a run until the result is closed, or this program ends.
-
-    The lock is SQLite's, which works on every system.
-    """
-    lock = sqlite3.connect(folder / "lock", timeout=0)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise ValueError(f"{folder}: another program works on this run; wait for its end") from None
-    return lock
+    return folder
 
 
 def parse_arguments(argv):
     """The command line; args.settings holds the settings of Config that were given."""
-    form = argparse.RawDescriptionHelpFormatter
+
+    def refuse(message):
+        raise ValueError(f"{message}; --help lists the flags")
+
     about = __doc__.partition("\n\nThe file")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s ...", description=about, formatter_class=form)
-    parser.error = refuse_arguments  # one line, from main, instead of a page
+    parser = argparse.ArgumentParser(usage="%(prog)s ...", description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = refuse  # one line, from main, instead of a page
     add = parser.add_argument
     add("--data", default="toy", help="toy, beauty, toys, ml-1m, steam, or a file of sequences")
     add("--data-dir", type=Path, default="data", help="folder of the datasets (default: data)")
     add("--out", type=Path, help="folder of the run (default: runs/NAME-1, -2, ...)")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu or cuda (default: cuda if there is one)")
     add("--not-a-table", action="store_true", help="the file only looks like a table")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the newest run on these data")
     add("--evaluate", action="store_true", help="score its best epoch on both splits")
-    add("--recommend", metavar="USER", help="ten items for the user in this line, or of this name")
-    add("--history", metavar="ITEM", nargs="+", help="ten items after these, ids or titles")
-    add_settings(parser)
+    add("--recommend", metavar="LINE", type=int, help="ten items for the user in this line")
+    add("--history", metavar="ITEM", type=int, nargs="+", help="ten items after these ids")
 
-    args = parser.parse_args(argv)
-    args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
-    same = ["python", "diffurec.py", "--data", args.data]
-    same += ["--data-dir", args.data_dir] if args.data_dir != Path("data") else []
-    same += ["--out", args.out] if args.out else []
-    args.same = shlex.join(map(str, same))
-    args.lock = None  # that of the run, from when it is open
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.eval_batch_size = 4096 if args.device.startswith("cuda") else 512
-    try:
-        torch.zeros(1, device=args.device)
-    except (AssertionError, RuntimeError):
-        raise ValueError(f"--device {args.device}: not usable here; leave --device out") from None
-    return args
-
-
-def add_settings(parser):
-    """A flag for each setting, whose help is its comment in Config."""
     comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
         flag = "--" + field.name.replace("_", "-")
@@ -855,57 +771,52 @@ def add_settings(parser):
         kind = str if words else field.type
         text = f"{comments[field.name]} (default: {field.default})"
         parser.add_argument(flag, type=kind, choices=words, default=argparse.SUPPRESS, help=text)
-
-
-def refuse_arguments(message):
-    raise ValueError(f"{message}; --help lists the flags")
+    args = parser.parse_args(argv)
+    args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
+    return args
 
 
 def run(argv):
-    """Read the command line and call the command that it asks for."""
+    """Find the data and the run of a command line, and call its command while the run is locked."""
     args = parse_arguments(argv)
-    path, sequences = find_data(args)
+    args.same = shlex.join(["python", "diffurec.py", *argv]).replace(" --resume", "")
     try:
+        torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError):
+        raise ValueError(f"--device {args.device}: not usable here; leave --device out") from None
+    path, sequences = find_data(args)
+    args.counts = (sequences.n_users, sequences.n_items, len(sequences.items))
+    args.config = Config(**DATASET_SETTINGS.get(args.counts, {}) | args.settings)
+    folder = find_run(args, path, sequences)
+    print("data   {}: {:,} users, {:,} items, {:,} actions".format(path, *args.counts))
+    print(f"run    {folder}, on {args.device}", flush=True)
+
+    with sqlite3.connect(folder / "lock", timeout=0) as lock:
+        lock.execute("BEGIN EXCLUSIVE")  # raises OperationalError if another program has it
         if args.evaluate:
-            evaluate_command(args, sequences)
+            score(args, sequences, folder, "validation")
+            score(args, sequences, folder, "test")
         elif args.recommend is not None or args.history:
-            recommend_command(args, path, sequences)
+            recommend_command(args, sequences, folder, path.with_suffix(".items.txt"))
         else:
-            train_command(args, path, sequences)
-    finally:
-        if args.lock:
-            args.lock.close()
+            train_command(args, sequences, folder)
 
 
 def main(argv=None):
     """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
-    # For speed, a tenth of training on some machines: the C library keeps memory that was freed.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and mallopt(-3, 2**30):  # M_MMAP_THRESHOLD, which some versions refuse
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # For memory: oneDNN keeps fewer of its compiled products.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            stream.reconfigure(errors="replace")  # names that the terminal cannot show
-
     try:
-        try:
-            run(argv)
-        finally:
-            sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        run(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
         status, message = 130, "stopped; --resume goes on after the last finished epoch"
     except FloatingPointError as error:
         status, message = 1, str(error)
+    except sqlite3.OperationalError as error:
+        status, message = 2, f"another program works on this run ({error}); wait for its end"
     except (OSError, ValueError) as error:
         status, message = 2, str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower():
             raise
         status, message = 2, "out of memory; a smaller --batch-size, --max-len or --hidden helps"
     print(f"diffurec.py: {message}", file=sys.stderr)
@@ -913,4 +824,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for titles that the terminal cannot show
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     sys.exit(main())

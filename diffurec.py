@@ -11,7 +11,8 @@ The file follows the paper, whose sections (§), equations (Eq.), algorithms and
 Where it departs from the paper's text, a comment says why: `grep -A2 Departs: diffurec.py`.
 
 Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
-Items    have the ids 1..n_items. history (B, L) has 0, padding, on its left; target (B,) is next.
+Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; target (B,) holds
+         the items that come next.
 Steps    count from 0: index s in the code is the paper's step s + 1.
 Vectors  (B, d) stand for the target: x_start is its embedding, the paper's e_{n+1}; x_s is x_start
          after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the approximator
@@ -60,12 +61,12 @@ class Config:
     batch_size: int = 512  # samples in one update of the weights
     lr: float = 0.001  # learning rate of Adam
     max_len: int = 50  # items of a history that are read, the latest ones (MovieLens-1M: 200)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # number format of products
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # number format of matrix products
     dropout: float = 0.1  # share of each layer's output that training sets to 0
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
-    delta: float = 0.001  # how much of the noisy target goes into the history; 0: nothing
-    delta_is: Literal["variance", "std"] = "variance"  # what delta is of the noise's weight
+    delta: float = 0.001  # share of the noisy target that goes into the history; 0: nothing
+    delta_is: Literal["variance", "std"] = "variance"  # what delta also is of this random share
     steps: int = 32  # diffusion steps
     schedule: Literal["truncated_linear", "linear", "cosine", "sqrt"] = "truncated_linear"  # noise
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -81,23 +82,27 @@ class Config:
             words = get_args(field.type)  # of a Literal
             low = 1 if field.type is int and field.name != "seed" else 0
             high = 0.99 if "dropout" in field.name else 10**9
-            number = type(value) in (int, field.type) and low <= value <= high
-            if not (value in words if words else number):
+            in_range = type(value) in (int, field.type) and low <= value <= high
+            valid = value in words if words else in_range
+            if not valid:
                 choice = " or ".join(words) or f"{field.type.__name__} from {low} to {high}"
                 raise ValueError(f"{field.name} is {value!r}, but must be {choice}")
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
+CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # may be other than in training
+
+
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b. With these β ends nearly as the authors' does.
+        # Departs: the paper gives neither a nor b. With these, the last β is nearly the authors'.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)
         betas = a / steps * s + b / s
-        betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1
+        betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1; only if t <= 20
     elif name == "linear":  # DDPM's [15], scaled to t steps; §5.5 swaps its two references
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # the cosine of [25] and the square root of [23] give ᾱ, from which β follows by Eq. 3
@@ -105,7 +110,7 @@ def beta_schedule(name, steps):
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. A β of 1 would remove the target completely.
+    # Departs: the paper has no cap. A β of 1, the last of cosine, would leave nothing of x_start.
     return np.minimum(betas, 0.999)
 
 
@@ -115,7 +120,7 @@ class Diffusion(nn.Module):
 
     def __init__(self, schedule, steps):
         super().__init__()
-        betas = torch.from_numpy(beta_schedule(schedule, steps))  # float64, as all that follows
+        betas = torch.from_numpy(beta_schedule(schedule, steps))  # float64 up to register_buffer
         alphas = 1 - betas  # Eq. 3
         alphas_cumprod = alphas.cumprod(0)  # ᾱ_s of Eq. 3
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ_{s-1}
@@ -140,8 +145,8 @@ class Diffusion(nn.Module):
         """
         # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. §4.3 also takes one step from e_{n+1}
         # to x_0 and then s more; here all of them start at e_{n+1}, and index 0 is that first one.
-        signal = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
-        return signal + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
+        from_start = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
+        return from_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
@@ -174,18 +179,18 @@ class TransformerBlock(nn.Module):
         expand = nn.Linear(d, 4 * d)
         contract = nn.Linear(4 * d, d)
         self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = FastDropout(config.dropout)  # of section 5, in place of nn.Dropout
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
-            nn.init.xavier_normal_(matrix)  # §5.3
+            nn.init.xavier_normal_(matrix)  # §5.3; query, key and value are a matrix each
 
     def forward(self, z, mask, last_only=False):
-        """z (B, L, d), mask (B, L) -> (B, L, d); with last_only the last position's, (B, 1, d)."""
+        """z (B, L, d), mask (B, L), False at padding -> (B, L, d), with last_only (B, 1, d)."""
         # Departs: [37] normalises after each residual. Here, as in the authors' code, normalisation
         # comes before each sublayer, which did no worse in validation.
         qkv = self.query_key_value(self.norm(z)).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)
-        if last_only:
+        if last_only:  # for speed: of the last block nothing else is used
             z = z[:, -1:]
             query = query[:, :, -1:]
 
@@ -228,7 +233,7 @@ class GRU(nn.Module):
 
     def forward(self, z, mask):
         """z (B, L, d), mask (B, L), False at padding -> x_hat (B, d)."""
-        # Padding would change the state, so items go to the front and the padding behind them.
+        # Padding would change the state. So items go to the front, and what follows is not used.
         lengths = mask.sum(1)
         index = torch.arange(z.shape[1], device=z.device) + (z.shape[1] - lengths)[:, None]
         index = index.clamp(max=z.shape[1] - 1)  # (B, L)
@@ -246,20 +251,20 @@ class DiffuRec(nn.Module):
         self.config = config
         self.item_embeddings = nn.Embedding(n_items + 1, config.hidden, padding_idx=0)
         nn.init.normal_(self.item_embeddings.weight[1:], std=config.embedding_std)
-        self.embedding_dropout = Dropout(config.embedding_dropout)
+        self.embedding_dropout = FastDropout(config.embedding_dropout)
         self.embedding_norm = nn.LayerNorm(config.hidden)
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
-        units = torch.cpu.get_capabilities()
-        cpu = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+        features = torch.cpu.get_capabilities()
+        cpu = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
         cuda = torch.cuda.is_bf16_supported(including_emulation=False)
         self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
 
-    def autocast(self, device):
-        """For speed: inside, matrix products use bfloat16; "auto" does where that is faster."""
-        fast = self.fast_bfloat16.get(device, False)
+    def autocast(self, device_type):
+        """For speed: inside, matrix products use bfloat16, with "auto" if the hardware has it."""
+        fast = self.fast_bfloat16.get(device_type, False)
         bfloat16 = {"auto": fast, "bfloat16": True, "float32": False}[self.config.precision]
-        return torch.autocast(device, torch.bfloat16, bfloat16)
+        return torch.autocast(device_type, torch.bfloat16, bfloat16)
 
     def embed(self, history):
         """e_1..e_n. history (B, L) -> (B, L, d)."""
@@ -305,7 +310,7 @@ class DiffuRec(nn.Module):
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
                 x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 10 and 17
         self.train(training)
-        return x_s
+        return x_s  # after index 0, where it is x_hat: x_0
 
     def scores(self, x_0):
         """Rounding (Eq. 11): how well items fit. x_0 (B, d) -> (B, n_items), item j + 1 at j."""
@@ -313,7 +318,7 @@ class DiffuRec(nn.Module):
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
         # Departs: Eq. 21 subtracts two vectors from a number; here, their squared norms, 1 + 1.
-        # That is minus the squared distance of the normalised vectors. [9] does not normalise.
+        # The result is minus the squared distance of the normalised vectors.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
@@ -326,7 +331,8 @@ class DiffuRec(nn.Module):
         if history.ndim != 2 or history.dtype != torch.int64 or not history.numel():
             raise ValueError("history: give a (B, L) tensor, not empty, of item ids as int64")
         real = history != 0
-        if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
+        padding_after_item = real[:, :-1] & ~real[:, 1:]
+        if not real[:, -1].all() or padding_after_item.any():
             raise ValueError("history: each needs an item, and its padding (0) on the left")
         if not 0 <= history.min() <= history.max() <= self.n_items or not 1 <= k <= self.n_items:
             raise ValueError(f"item ids go from 1 to {self.n_items}, and so must k")
@@ -341,14 +347,14 @@ def noise_like(x, generator=None):
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-class Dropout(nn.Dropout):
-    """Dropout that is faster on a CPU: four elements share one random number of 64 bits."""
+class FastDropout(nn.Dropout):
+    """nn.Dropout, faster on a CPU: 64 random bits are four random numbers from -2¹⁵ to 2¹⁵ - 1."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         random = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        uniform = random.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
+        uniform = random.view(torch.int16)[: x.numel()].view(x.shape)
         kept = uniform >= round(self.p * 2**16) - 2**15
         return x * kept.to(x.dtype) / (1 - self.p)
 
@@ -360,7 +366,7 @@ class Sequences:
 
     items: np.ndarray  # int64, the items of all users, one user after another
     offsets: np.ndarray  # int64, n_users + 1: user u has items[offsets[u] : offsets[u + 1]]
-    lines: np.ndarray  # int64, n_users: the line of the file that each user is, from 1
+    lines: np.ndarray  # int64, n_users: the number of each user's line in the file, from 1
     n_users: int
     n_items: int  # the largest id in the file
     fingerprint: str  # a digest of all this: a run belongs to the data that have its fingerprint
@@ -392,8 +398,8 @@ def load_sequences(path):
         raise ValueError(f"{path}: ids go up to {n_items:,} and few occur; number them from 1")
     offsets = np.cumsum([0, *map(len, users.values())])
     lines = np.array(list(users))
-    content = offsets.tobytes() + items.tobytes() + str(n_items).encode()
-    fingerprint = hashlib.sha256(content).hexdigest()[:16]
+    content = (items.tobytes(), offsets.tobytes(), lines.tobytes(), str(n_items).encode())
+    fingerprint = hashlib.sha256(b"|".join(content)).hexdigest()[:16]
     return Sequences(items, offsets, lines, len(users), n_items, fingerprint)
 
 
@@ -404,8 +410,8 @@ def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
     """
     # Departs: Eq. 19 has one target per user. As in the authors' code, every item of a training
     # part but the first is a target, with its own step and noise.
-    first = sequences.offsets[:-1]
-    last = sequences.offsets[1:] - 1
+    first = sequences.offsets[:-1]  # positions of i_1
+    last = sequences.offsets[1:] - 1  # of i_n
     targets = np.delete(np.arange(len(sequences.items)), np.concatenate([first, last - 1, last]))
     return make_batches(sequences, targets, max_len, batch_size, rng, device)
 
@@ -426,21 +432,21 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """
     # Departs: the paper does not say which samples share a batch. Here it is histories of like
     # length, so that there is hardly any padding.
-    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]
+    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of the user
     lengths = np.minimum(targets - starts, max_len)
     order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
     order = order[np.argsort(lengths[order], kind="stable")]
-    firsts = np.arange(0, len(order), batch_size)
-    firsts = firsts if rng is None else rng.permutation(firsts)
+    lengths = lengths[order]
+    begins = np.arange(0, len(order), batch_size)
+    begins = begins if rng is None else rng.permutation(begins)
 
     items = torch.from_numpy(sequences.items).to(device)
     starts = torch.from_numpy(starts[order]).to(device)
     targets = torch.from_numpy(targets[order]).to(device)
-    for first in firsts:
-        batch = slice(first, first + batch_size)
-        longest = lengths[order[batch]].max()
-        positions = targets[batch, None] + torch.arange(-longest, 0, device=device)  # (B, L)
-        before = positions < starts[batch, None]  # the first item of the user: padding
+    for begin in begins:
+        batch = slice(begin, begin + batch_size)
+        positions = targets[batch, None] + torch.arange(-lengths[batch].max(), 0, device=device)
+        before = positions < starts[batch, None]  # the user's first item: padding. (B, L)
         yield items[positions.clamp(min=0)].masked_fill(before, 0), items[targets[batch]]
 
 
@@ -462,12 +468,9 @@ def ranks(scores, target):
 def metrics(rank, suffix=""):
     """HR@K and NDCG@K, means over the users between 0 and 1. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
-    result = {}
-    for k in (5, 10, 20):
-        hit = (rank <= k).double()
-        result[f"HR@{k}{suffix}"] = hit.mean().item()
-        result[f"NDCG@{k}{suffix}"] = (hit * gain).mean().item()
-    return result
+    hits = {k: (rank <= k).double() for k in (5, 10, 20)}
+    hr = {f"HR@{k}{suffix}": hit.mean().item() for k, hit in hits.items()}
+    return hr | {f"NDCG@{k}{suffix}": (hit * gain).mean().item() for k, hit in hits.items()}
 
 
 @torch.no_grad()
@@ -488,7 +491,9 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
         rank[user, 0] = ranks(scores, target)
-        scores = F.pad(scores, (1, 0))  # column i is item i, and column 0 is padding
+        # The second: column i is item i, column 0 is padding. A target that is itself in the
+        # history ranks last. ranks() refuses -inf.
+        scores = F.pad(scores, (1, 0))
         rank[user, 1] = ranks(scores.scatter(1, history, -1e30)[:, 1:], target)
 
     rank = rank.cpu()
@@ -529,7 +534,8 @@ def train_epoch(model, sequences, optimizer, epoch):
 def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
-    Saves after each epoch. Raises FloatingPointError, without saving, if the loss is not finite.
+    Saves `state`, what a checkpoint holds (see train_command), after each epoch. Raises
+    FloatingPointError, without saving, if the loss is not finite.
     """
     config = model.config
     patience = config.patience * config.eval_every  # in epochs
@@ -543,8 +549,8 @@ def train(model, sequences, folder, state):
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"epoch {epoch}: the loss is not finite; try a smaller --lr")
-        weights = copy.deepcopy(model.state_dict())
-        state |= {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
+        state |= {"epoch": epoch, "weights": model.state_dict()}
+        state["optimizer"] = optimizer.state_dict()
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
         line = f"epoch {epoch}  loss {loss:.4f}"
 
@@ -554,7 +560,8 @@ def train(model, sequences, folder, state):
             add_event(state, "validation", started, {"epoch": epoch} | result)
             line += f"  validation HR@10 {result['HR@10']:.2%}, NDCG@10 {result['NDCG@10']:.2%}"
             if result["NDCG@10"] > state["best"]:
-                state |= {"best": result["NDCG@10"], "best_epoch": epoch, "best_weights": weights}
+                state |= {"best": result["NDCG@10"], "best_epoch": epoch}
+                state["best_weights"] = copy.deepcopy(model.state_dict())
                 line += ", the best so far"
 
         spent = sum(event.get("seconds", 0) for event in state["events"]) / 60
@@ -586,14 +593,16 @@ def load_checkpoint(path, weights="best_weights", **changes):
     """The model of a run, on the CPU, and the state that was saved.
 
     `weights` is "best_weights" or, for the last epoch's, "weights". `changes` are settings that
-    replace the run's. Raises OSError, or ValueError on a file that is not a whole checkpoint and
-    on a change of another setting than CHANGEABLE.
+    replace the run's. Raises OSError, or ValueError on a file that is not a whole checkpoint, on
+    weights that are not there yet and on a change of a setting that is not CHANGEABLE.
     """
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes()  # torch.load alone would not notice a changed byte
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError(f"{path}: damaged, or of another program; train a new run")
     state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
 
+    if not state[weights]:
+        raise ValueError(f"{path}: no validation yet; go on with --resume")
     for name, kept in state["config"].items():
         if changes.get(name, kept) != kept and name not in CHANGEABLE:
             raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
@@ -604,18 +613,17 @@ def load_checkpoint(path, weights="best_weights", **changes):
 
 
 # ---- 9. Command line ----------------------------------------------------------------------------
-# A dataset is recognised by its users, items and actions, as in Table 1, whatever its file's name.
+# Datasets are recognised by their numbers of users, items and actions (Table 1), not by file names.
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS
+TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS; the toy's: the best that is possible
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
     (281_428, 13_044, 3_485_022): (6.6742, 10.7520, 16.6507, 4.2902, 5.5981, 7.0810),  # Steam
-    TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),  # the best that is possible
+    TOY: (68.0162, 90.3037, 100.0, 44.5882, 51.8633, 54.3801),
 }
-CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # settings that may differ later
 
 
 def train_command(args, sequences, folder):
@@ -627,14 +635,13 @@ def train_command(args, sequences, folder):
         torch.manual_seed(args.config.seed)
         model = DiffuRec(sequences.n_items, args.config)
         state = {"config": asdict(args.config), "n_items": model.n_items, "optimizer": None}
-        state |= {"epoch": 0, "best": -1, "best_epoch": 0}
-        state["best_weights"] = copy.deepcopy(model.state_dict())
+        state |= {"epoch": 0, "best": -1, "best_epoch": 0, "best_weights": None}
         start = {"event": "start", "data": args.data, "fingerprint": sequences.fingerprint}
         state["events"] = [start | {"config": state["config"]}]
 
     train(model.to(args.device), sequences, folder, state)
     score(args, sequences, folder, "test")
-    print(f"\nnext: {args.same} --recommend {sequences.lines[0]}")
+    print(f"\nnext: {args.command_line} --recommend {sequences.lines[0]}")
 
 
 def score(args, sequences, folder, split):
@@ -651,7 +658,7 @@ def score(args, sequences, folder, split):
     values = {"epoch": state["best_epoch"]} | result
     if args.evaluate:
         add_event(state, "evaluate", started, {"split": split} | args.settings | values)
-    else:  # in place of the test of a run that has been extended
+    else:  # a resumed run is scored again, and loses its old test
         kept = ("start", "epoch", "validation", "evaluate")
         state["events"] = [event for event in state["events"] if event["event"] in kept]
         state["events"] += [{"event": label} | row for label, row in others.items()]
@@ -667,8 +674,11 @@ def score(args, sequences, folder, split):
         print(f"{label:28}", *(f"{100 * row[name]:8.2f}" for name in METRICS))
 
 
-def recommend_command(args, sequences, folder, names):
-    """Ten items for a user or after a history; §5.8: the items in the top 20 of 100 reversals."""
+def recommend_command(args, sequences, folder, titles_file):
+    """Ten items for a user or after a history; §5.8: the items in the top 20 of 100 reversals.
+
+    Line i of titles_file, if there is one, is the title of item i.
+    """
     model, _ = load_checkpoint(folder / "checkpoint.pt", **args.settings)
     model.to(args.device)
     history = args.history
@@ -681,7 +691,9 @@ def recommend_command(args, sequences, folder, names):
 
     history = torch.tensor([history], device=args.device)
     items, _ = model.recommend(history, min(10, model.n_items))
-    titles = names.read_text("utf-8-sig", "replace").split("\n") if names.is_file() else []
+    titles = []
+    if titles_file.is_file():
+        titles = titles_file.read_text("utf-8-sig", errors="replace").split("\n")
     for heading, ids in (("the end of the history", history[0, -10:]), ("next", items[0])):
         print(f"\n    item  {heading}")
         for item in ids.tolist():
@@ -706,11 +718,11 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
     sequences = load_sequences(path)
 
-    # A table has few numbers in every line; where users' numbers come first, they rise.
+    # Every line of a table has the same few numbers. Users' numbers, if they come first, rise.
     lengths = np.diff(sequences.offsets)
-    first = sequences.items[sequences.offsets[:-1]]
-    table = lengths.min() == lengths.max() <= 4 or (np.diff(first) > 0).all()
-    if table and len(first) >= 10 and not args.not_a_table:
+    first_items = sequences.items[sequences.offsets[:-1]]
+    table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
+    if table and len(first_items) >= 10 and not args.not_a_table:
         hint = f"python prepare_data.py NAME --raw {path}, or add --not-a-table if it is none"
         raise ValueError(f"{path} looks like a table, or begins with the users' numbers: {hint}")
     if lengths.max() == 3:
@@ -724,9 +736,7 @@ def find_run(args, path, sequences):
         logs = (args.out or Path("runs")).rglob("log.jsonl")
         logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
         if not logs:
-            raise ValueError(
-                "no run on these data yet; train one first, with --data and --out alone"
-            )
+            raise ValueError("no run on these data yet; train one first: --data and --out alone")
         return max(logs, key=lambda log: log.stat().st_mtime).parent
 
     number = 1
@@ -767,10 +777,9 @@ def parse_arguments(argv):
     comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        words = get_args(field.type) or None
-        kind = str if words else field.type
         text = f"{comments[field.name]} (default: {field.default})"
-        parser.add_argument(flag, type=kind, choices=words, default=argparse.SUPPRESS, help=text)
+        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     args = parser.parse_args(argv)
     args.settings = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     return args
@@ -779,7 +788,7 @@ def parse_arguments(argv):
 def run(argv):
     """Find the data and the run of a command line, and call its command while the run is locked."""
     args = parse_arguments(argv)
-    args.same = shlex.join(["python", "diffurec.py", *argv]).replace(" --resume", "")
+    args.command_line = shlex.join(["python", "diffurec.py", *argv]).replace(" --resume", "")
     try:
         torch.zeros(1, device=args.device)
     except (AssertionError, RuntimeError):
@@ -792,7 +801,7 @@ def run(argv):
     print(f"run    {folder}, on {args.device}", flush=True)
 
     with sqlite3.connect(folder / "lock", timeout=0) as lock:
-        lock.execute("BEGIN EXCLUSIVE")  # raises OperationalError if another program has it
+        lock.execute("BEGIN EXCLUSIVE")  # a lock on every system, free again when a program ends
         if args.evaluate:
             score(args, sequences, folder, "validation")
             score(args, sequences, folder, "test")

@@ -3,7 +3,7 @@
 You give it sequences of items, one line per user, and it learns which item comes next: a
 Transformer reads the history and, step by step, turns noise into the embedding of the next item.
 
-  python diffurec.py                               train on a toy dataset that is made here
+  python diffurec.py                               train on a toy dataset of prepare_data.py
   python diffurec.py --data beauty                 download Amazon Beauty, and train on it
   python diffurec.py --data beauty --recommend 1   ten items for the user in line 1
 
@@ -13,10 +13,11 @@ Where it departs from the paper's text, a comment says why: `grep -A2 Departs: d
 Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
 Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; target (B,) holds
          the items that come next.
-Steps    count from 0: index s in the code is the paper's step s + 1.
-Vectors  (B, d) stand for the target: x_start is its embedding, the paper's e_{n+1}; x_s is x_start
-         after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the approximator
-         makes of a history and x_s; x_0 is the last x_hat of a reversal. It scores the items.
+Steps    count from 0, as in Algorithm 2: index s is step s + 1 of Eq. 1-6, 14 and Algorithm 1.
+Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, the x_0 of Eq. 1-6; x_s is
+         x_start after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the
+         approximator makes of a history and x_s; x_0 is the last x_hat of a reversal, by which
+         the items are scored.
 """
 
 import sys
@@ -65,8 +66,8 @@ class Config:
     dropout: float = 0.1  # share of each layer's output that training sets to 0
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
-    delta: float = 0.001  # share of the noisy target that goes into the history; 0: nothing
-    delta_is: Literal["variance", "std"] = "variance"  # what delta also is of this random share
+    delta: float = 0.001  # mean share of the noisy target that goes into the history; 0: none
+    delta_is: Literal["variance", "std"] = "variance"  # the share's variance or std is also delta
     steps: int = 32  # diffusion steps
     schedule: Literal["truncated_linear", "linear", "cosine", "sqrt"] = "truncated_linear"  # noise
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -91,26 +92,26 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
-CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # may be other than in training
+CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # a later command may change these
 
 
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b. With these, the last β is nearly the authors'.
+        # Departs: the paper gives neither a nor b. With these the last β is nearly the authors'.
         a, b = 20 / steps, 0.01
-        s = np.arange(1, steps + 1)
+        s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
-        betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1; only if t <= 20
-    elif name == "linear":  # DDPM's [15], scaled to t steps; §5.5 swaps its two references
+        betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
+    elif name == "linear":  # DDPM's [15], scaled to t steps; §5.5 swaps its reference with cosine's
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # the cosine of [25] and the square root of [23] give ᾱ, from which β follows by Eq. 3
         u = np.arange(steps + 1) / steps
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. A β of 1, the last of cosine, would leave nothing of x_start.
+    # Departs: the paper has no cap. A β of 1, as cosine's last, would leave nothing of x_start.
     return np.minimum(betas, 0.999)
 
 
@@ -122,8 +123,8 @@ class Diffusion(nn.Module):
         super().__init__()
         betas = torch.from_numpy(beta_schedule(schedule, steps))  # float64 up to register_buffer
         alphas = 1 - betas  # Eq. 3
-        alphas_cumprod = alphas.cumprod(0)  # ᾱ_s of Eq. 3
-        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ_{s-1}
+        alphas_cumprod = alphas.cumprod(0)  # ᾱ_1..ᾱ_t of Eq. 3
+        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ_0 = 1..ᾱ_{t-1}
         ratio = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
 
         # Departs: Eq. 5 has √ᾱ_s before x_s, and §4.4 leaves out all bars. The mean of Eq. 4 needs
@@ -144,14 +145,14 @@ class Diffusion(nn.Module):
         x_start, noise (B, d), s (B,) -> (B, d).
         """
         # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. §4.3 also takes one step from e_{n+1}
-        # to x_0 and then s more; here all of them start at e_{n+1}, and index 0 is that first one.
+        # to its x_0 and then s more; here index s is all s + 1 at once.
         from_start = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
         return from_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
 
-        At index 0 the mean is x_start and the variance is 0.
+        At index 0, x_{s-1} is x_start itself: the mean is x_start and the variance is 0.
         """
         from_start = self.posterior_mean_coef1[s, None] * x_start
         from_noisy = self.posterior_mean_coef2[s, None] * x_s
@@ -179,7 +180,7 @@ class TransformerBlock(nn.Module):
         expand = nn.Linear(d, 4 * d)
         contract = nn.Linear(4 * d, d)
         self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
-        self.dropout = FastDropout(config.dropout)  # of section 5, in place of nn.Dropout
+        self.dropout = FastDropout(config.dropout)  # nn.Dropout, but faster on a CPU
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
             nn.init.xavier_normal_(matrix)  # §5.3; query, key and value are a matrix each
@@ -195,7 +196,7 @@ class TransformerBlock(nn.Module):
             query = query[:, :, -1:]
 
         mask = mask[:, None, None, :]  # (B, 1, 1, L): no position sees padding
-        if z.is_cuda:  # softmax(QKᵀ / √d) V of [37] in one kernel
+        if z.is_cuda:  # softmax(QKᵀ / √d_k) V of [37], d_k = d/heads, in one kernel
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:  # the same step by step, which is faster on a CPU
             scores = query @ key.mT / math.sqrt(query.shape[-1])  # (B, heads, L or 1, L)
@@ -207,7 +208,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Eq. 12: f_θ. x_hat is h_n, the output of the last block at the last item."""
+    """Eq. 12: f_θ. x_hat is h_n, the last block's output at the last item, normalised."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,7 +262,7 @@ class DiffuRec(nn.Module):
         self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
 
     def autocast(self, device_type):
-        """For speed: inside, matrix products use bfloat16, with "auto" if the hardware has it."""
+        """For speed: in this context matrix products have the number format `precision`."""
         fast = self.fast_bfloat16.get(device_type, False)
         bfloat16 = {"auto": fast, "bfloat16": True, "float32": False}[self.config.precision]
         return torch.autocast(device_type, torch.bfloat16, bfloat16)
@@ -274,8 +275,8 @@ class DiffuRec(nn.Module):
 
     def approximate(self, e, mask, x_s, s, generator=None):
         """Eq. 13, then 12. e (B, L, d), mask (B, L), x_s (B, d), s (B,) -> x_hat (B, d)."""
-        # The paper writes N(mean, variance), so λ ~ N(δ, δ) has the standard deviation √δ. In the
-        # authors' code it is δ: --delta-is std.
+        # §5.3 says mean and variance, so λ ~ N(δ, δ) has the standard deviation √δ. In the authors'
+        # code it is δ: --delta-is std.
         delta = self.config.delta
         std = math.sqrt(delta) if self.config.delta_is == "variance" else delta
         lambda_ = delta + std * noise_like(e, generator)  # (B, L, d)
@@ -310,7 +311,7 @@ class DiffuRec(nn.Module):
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
                 x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 10 and 17
         self.train(training)
-        return x_s  # after index 0, where it is x_hat: x_0
+        return x_s  # x_0: at index 0 the mean is x_hat and the variance 0
 
     def scores(self, x_0):
         """Rounding (Eq. 11): how well items fit. x_0 (B, d) -> (B, n_items), item j + 1 at j."""
@@ -348,13 +349,13 @@ def noise_like(x, generator=None):
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout, faster on a CPU: 64 random bits are four random numbers from -2¹⁵ to 2¹⁵ - 1."""
+    """nn.Dropout, but faster on a CPU without torch.compile: 64 random bits serve four elements."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        random = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        uniform = random.view(torch.int16)[: x.numel()].view(x.shape)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        uniform = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
         kept = uniform >= round(self.p * 2**16) - 2**15
         return x * kept.to(x.dtype) / (1 - self.p)
 
@@ -446,13 +447,13 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     for begin in begins:
         batch = slice(begin, begin + batch_size)
         positions = targets[batch, None] + torch.arange(-lengths[batch].max(), 0, device=device)
-        before = positions < starts[batch, None]  # the user's first item: padding. (B, L)
+        before = positions < starts[batch, None]  # before the user's first item: padding
         yield items[positions.clamp(min=0)].masked_fill(before, 0), items[targets[batch]]
 
 
 # ---- 7. Evaluation (§5.1) -----------------------------------------------------------------------
 METRICS = ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")
-WITHOUT = " without history"  # ends the names of the second ranking's metrics
+WITHOUT = " without history"  # suffix of metrics in a ranking without the history's items
 
 
 def ranks(scores, target):
@@ -466,7 +467,7 @@ def ranks(scores, target):
 
 
 def metrics(rank, suffix=""):
-    """HR@K and NDCG@K, means over the users between 0 and 1. rank (n_users,)."""
+    """HR@K and NDCG@K, means over the users, from 0 to 1. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
     hits = {k: (rank <= k).double() for k in (5, 10, 20)}
     hr = {f"HR@{k}{suffix}": hit.mean().item() for k, hit in hits.items()}
@@ -485,7 +486,7 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 
-    # Whole histories, since the second ranking needs them; sorted by length, as eval_batches does.
+    # Users in the order of eval_batches, by length. Whole histories, for the second ranking.
     users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
@@ -534,8 +535,8 @@ def train_epoch(model, sequences, optimizer, epoch):
 def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
-    Saves `state`, what a checkpoint holds (see train_command), after each epoch. Raises
-    FloatingPointError, without saving, if the loss is not finite.
+    Saves `state` after each epoch. It begins as in train_command: "best" is an NDCG@10, "events"
+    is the log. Raises FloatingPointError, without saving, if the loss or a weight is not finite.
     """
     config = model.config
     patience = config.patience * config.eval_every  # in epochs
@@ -548,7 +549,9 @@ def train(model, sequences, folder, state):
         started = time.perf_counter()
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"epoch {epoch}: the loss is not finite; try a smaller --lr")
+            raise FloatingPointError(
+                f"epoch {epoch}: loss or weights not finite; smaller --lr helps"
+            )
         state |= {"epoch": epoch, "weights": model.state_dict()}
         state["optimizer"] = optimizer.state_dict()
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
@@ -617,7 +620,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS; the toy's: the best that is possible
+TABLE_2 = {  # DiffuRec's column, in %, as METRICS; for the toy, what its own rule would reach
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
@@ -627,7 +630,10 @@ TABLE_2 = {  # DiffuRec's row, in %, in the order of METRICS; the toy's: the bes
 
 
 def train_command(args, sequences, folder):
-    """Train a new run, or go on with one (--resume); then score its best epoch."""
+    """Train a new run, or go on with one (--resume); then score its best epoch.
+
+    Beside the arguments, args holds what run() adds: config, counts and command_line.
+    """
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
         state["config"] = asdict(model.config)
@@ -675,7 +681,7 @@ def score(args, sequences, folder, split):
 
 
 def recommend_command(args, sequences, folder, titles_file):
-    """Ten items for a user or after a history; §5.8: the items in the top 20 of 100 reversals.
+    """Ten items for a user or after a history; §5.8: how many are in the top 20s of 100 reversals.
 
     Line i of titles_file, if there is one, is the title of item i.
     """
@@ -718,7 +724,7 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
     sequences = load_sequences(path)
 
-    # Every line of a table has the same few numbers. Users' numbers, if they come first, rise.
+    # In a table every line has the same few numbers. If the first numbers rise, they are users'.
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
@@ -731,7 +737,7 @@ def find_data(args):
 
 
 def find_run(args, path, sequences):
-    """The folder of a new run or, for all but training, of the newest run on these sequences."""
+    """The folder for a new run or, with --resume and the other commands, of the newest on these."""
     if args.resume or args.evaluate or args.recommend is not None or args.history:
         logs = (args.out or Path("runs")).rglob("log.jsonl")
         logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
@@ -812,7 +818,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 0, or 1 for numbers not finite, 2 for bad input, 130 for Ctrl-C."""
+    """Returns the exit status: 0, or 1 for numbers not finite, 130 for Ctrl-C, 2 for all else."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0

@@ -549,9 +549,7 @@ def train(model, sequences, folder, state):
         started = time.perf_counter()
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(
-                f"epoch {epoch}: loss or weights not finite; smaller --lr helps"
-            )
+            raise FloatingPointError(f"epoch {epoch}: numbers are not finite; try a smaller --lr")
         state |= {"epoch": epoch, "weights": model.state_dict()}
         state["optimizer"] = optimizer.state_dict()
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})

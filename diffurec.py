@@ -99,7 +99,7 @@ CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # a later command 
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives neither a nor b. With these the last β is nearly the authors'.
+        # Departs: the paper gives no a or b. These bring the last β near that of the authors' code.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
@@ -124,7 +124,7 @@ class Diffusion(nn.Module):
         betas = torch.from_numpy(beta_schedule(schedule, steps))  # float64 up to register_buffer
         alphas = 1 - betas  # Eq. 3
         alphas_cumprod = alphas.cumprod(0)  # ᾱ_1..ᾱ_t of Eq. 3
-        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ_0 = 1..ᾱ_{t-1}
+        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # 1 (ᾱ_0), ᾱ_1..ᾱ_{t-1}
         ratio = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
 
         # Departs: Eq. 5 has √ᾱ_s before x_s, and §4.4 leaves out all bars. The mean of Eq. 4 needs
@@ -144,15 +144,15 @@ class Diffusion(nn.Module):
 
         x_start, noise (B, d), s (B,) -> (B, d).
         """
-        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. §4.3 also takes one step from e_{n+1}
-        # to its x_0 and then s more; here index s is all s + 1 at once.
+        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. By §4.3 one step leads from e_{n+1}
+        # to another x_0, and s more to x_s; here index s is all of these s + 1 steps at once.
         from_start = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
         return from_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
 
-        At index 0, x_{s-1} is x_start itself: the mean is x_start and the variance is 0.
+        At index 0 this is x_start itself (not x_0): the mean is x_start and the variance is 0.
         """
         from_start = self.posterior_mean_coef1[s, None] * x_start
         from_noisy = self.posterior_mean_coef2[s, None] * x_s
@@ -195,7 +195,7 @@ class TransformerBlock(nn.Module):
             z = z[:, -1:]
             query = query[:, :, -1:]
 
-        mask = mask[:, None, None, :]  # (B, 1, 1, L): no position sees padding
+        mask = mask[:, None, None, :]  # (B, 1, 1, L): not causal; no position sees padding
         if z.is_cuda:  # softmax(QKᵀ / √d_k) V of [37], d_k = d/heads, in one kernel
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:  # the same step by step, which is faster on a CPU
@@ -212,8 +212,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Departs: [37] adds position embeddings. The authors' code never uses its own, and
-        # validation was better without. So the order of the items before the last has no effect.
+        # Departs: [37] adds position embeddings. The authors' code has some, unused, and
+        # validation was better without. So the order of the items before the last is not read.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.hidden)  # Departs: normalising first needs a last norm.
 
@@ -259,13 +259,13 @@ class DiffuRec(nn.Module):
         features = torch.cpu.get_capabilities()
         cpu = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
         cuda = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
+        self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}  # for autocast
 
     def autocast(self, device_type):
         """For speed: in this context matrix products have the number format `precision`."""
         fast = self.fast_bfloat16.get(device_type, False)
         bfloat16 = {"auto": fast, "bfloat16": True, "float32": False}[self.config.precision]
-        return torch.autocast(device_type, torch.bfloat16, bfloat16)
+        return torch.autocast(device_type, torch.bfloat16, enabled=bfloat16)
 
     def embed(self, history):
         """e_1..e_n. history (B, L) -> (B, L, d)."""
@@ -376,14 +376,14 @@ class Sequences:
 def load_sequences(path):
     """Read the data format: one line per user, that user's item ids oldest first, spaces between.
 
-    Raises OSError, or ValueError that names the first wrong line.
+    Raises OSError, or ValueError, with the first line that holds anything but ids.
     """
     text = Path(path).read_text("utf-8-sig", errors="replace")
     users = {}  # by the number of their line
     n_items = 0
     for number, line in enumerate(text.split("\n"), 1):
         for word in line.split():
-            if not re.fullmatch("0*[1-9][0-9]{0,6}", word):  # at most seven digits
+            if not re.fullmatch("0*[1-9][0-9]{0,6}", word):  # at most seven digits after zeros
                 hint = f"if these are no sequences: python prepare_data.py NAME --raw {path}"
                 hint = "add 1 to every id, since 0 is padding" if word == "0" else hint
                 raise ValueError(f"{path}:{number}: {word[:40]!r} is not an item id; {hint}")
@@ -433,7 +433,7 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """
     # Departs: the paper does not say which samples share a batch. Here it is histories of like
     # length, so that there is hardly any padding.
-    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of the user
+    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of i_1
     lengths = np.minimum(targets - starts, max_len)
     order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -486,7 +486,7 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 
-    # Users in the order of eval_batches, by length. Whole histories, for the second ranking.
+    # Users in the order of eval_batches, by length. Histories are whole, for the second ranking.
     users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
@@ -535,8 +535,8 @@ def train_epoch(model, sequences, optimizer, epoch):
 def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
-    Saves `state` after each epoch. It begins as in train_command: "best" is an NDCG@10, "events"
-    is the log. Raises FloatingPointError, without saving, if the loss or a weight is not finite.
+    Saves `state` after each epoch: epoch (the last), weights, optimizer, best (an NDCG@10),
+    best_epoch, best_weights, events (the log). Raises FloatingPointError, unsaved, if not finite.
     """
     config = model.config
     patience = config.patience * config.eval_every  # in epochs
@@ -618,7 +618,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's column, in %, as METRICS; for the toy, what its own rule would reach
+TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: ranking by the rule that generated it
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
@@ -630,7 +630,7 @@ TABLE_2 = {  # DiffuRec's column, in %, as METRICS; for the toy, what its own ru
 def train_command(args, sequences, folder):
     """Train a new run, or go on with one (--resume); then score its best epoch.
 
-    Beside the arguments, args holds what run() adds: config, counts and command_line.
+    args also holds settings, of parse_arguments, and config, counts, command_line, of run.
     """
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
@@ -679,7 +679,7 @@ def score(args, sequences, folder, split):
 
 
 def recommend_command(args, sequences, folder, titles_file):
-    """Ten items for a user or after a history; §5.8: how many are in the top 20s of 100 reversals.
+    """Ten items for a user or after a history; §5.8: how many items 100 reversals' top 20s hold.
 
     Line i of titles_file, if there is one, is the title of item i.
     """
@@ -722,7 +722,7 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
     sequences = load_sequences(path)
 
-    # In a table every line has the same few numbers. If the first numbers rise, they are users'.
+    # A table has one action per line, so equally few numbers. Rising first ones are users'.
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
@@ -735,7 +735,7 @@ def find_data(args):
 
 
 def find_run(args, path, sequences):
-    """The folder for a new run or, with --resume and the other commands, of the newest on these."""
+    """The folder of a new run or, with --resume and other commands, the newest on these data."""
     if args.resume or args.evaluate or args.recommend is not None or args.history:
         logs = (args.out or Path("runs")).rglob("log.jsonl")
         logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
@@ -816,7 +816,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 0, or 1 for numbers not finite, 130 for Ctrl-C, 2 for all else."""
+    """Returns 0, 1 for numbers not finite, 130 for Ctrl-C, 2 for other errors caught here."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0

@@ -257,9 +257,8 @@ class DiffuRec(nn.Module):
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
         features = torch.cpu.get_capabilities()
-        cpu = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
         cuda = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}  # for autocast
+        self.fast_bfloat16 = {"cpu": features.get("avx512_bf16", False), "cuda": cuda}
 
     def autocast(self, device_type):
         """For speed: in this context matrix products have the number format `precision`."""
@@ -279,7 +278,7 @@ class DiffuRec(nn.Module):
         # code it is δ: --delta-is std.
         delta = self.config.delta
         std = math.sqrt(delta) if self.config.delta_is == "variance" else delta
-        lambda_ = delta + std * noise_like(e, generator)  # (B, L, d)
+        lambda_ = delta + std * torch.randn_like(e, generator=generator)  # (B, L, d)
         step = step_embedding(s, e.shape[-1]).to(e.dtype)
 
         z = e + lambda_ * (x_s + step)[:, None, :]  # Eq. 13, where step is called d
@@ -290,7 +289,7 @@ class DiffuRec(nn.Module):
         with self.autocast(history.device.type):
             x_start = self.item_embeddings(target)
             s = torch.randint(self.config.steps, target.shape, device=target.device)  # line 10
-            x_s = self.diffusion.q_sample(x_start, s, noise_like(x_start))  # line 11, Eq. 9
+            x_s = self.diffusion.q_sample(x_start, s, torch.randn_like(x_start))  # line 11, Eq. 9
             x_hat = self.approximate(self.embed(history), history != 0, x_s, s)  # lines 12, 13
             logits = x_hat @ self.item_embeddings.weight[1:].T  # (B, n_items)
         return F.cross_entropy(logits.float(), target - 1)  # softmax, -log and mean: Eq. 18, 19
@@ -303,13 +302,14 @@ class DiffuRec(nn.Module):
         with self.autocast(history.device.type):
             e = self.embed(history)
             mask = history != 0
-            x_s = noise_like(e[:, 0], generator)  # the paper's x_t
+            x_s = torch.randn_like(e[:, 0], generator=generator)  # the paper's x_t
             for index in reversed(range(self.config.steps)):
                 s = torch.full((len(history),), index, device=history.device)
                 x_hat = self.approximate(e, mask, x_s, s, generator)  # Eq. 10 and 16
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
                 # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
-                x_s = mean + variance.sqrt() * noise_like(x_s, generator)  # Eq. 10 and 17
+                noise = torch.randn_like(x_s, generator=generator)
+                x_s = mean + variance.sqrt() * noise  # Eq. 10 and 17
         self.train(training)
         return x_s  # x_0: at index 0 the mean is x_hat and the variance 0
 
@@ -341,11 +341,6 @@ class DiffuRec(nn.Module):
         x_0 = self.reverse(history[:, -self.config.max_len :], generator)
         scores, index = self.scores(x_0).topk(k)
         return index + 1, scores
-
-
-def noise_like(x, generator=None):
-    """ε ~ N(0, I) in the shape of x; without a generator, from PyTorch's own random numbers."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
 class FastDropout(nn.Dropout):

@@ -13,11 +13,12 @@ Where it departs from the paper's text, a comment says why: `grep -A2 Departs: d
 Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
 Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; target (B,) holds
          the items that come next.
-Steps    count from 0, as in Algorithm 2: index s is step s + 1 of Eq. 1-6, 14 and Algorithm 1.
-Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, the x_0 of Eq. 1-6; x_s is
-         x_start after the noise of the steps up to s; x_hat, the paper's x̂_0, is what the
-         approximator makes of a history and x_s; x_0 is the last x_hat of a reversal, by which
-         the items are scored.
+Steps    have an index s from 0, as in Algorithm 2 (§4.5 counts from 1): index s is step s + 1 of
+         Eq. 1-6, 14 and Algorithm 1, so x_s at index 0 has the noise of one step.
+Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, which Eq. 1-6 call x_0; x_s
+         is x_start after the noise of the steps 0..s; x_hat, the paper's x̂_0, is what the
+         approximator makes of a history and x_s; x_0, in this file, is the result of a reversal,
+         by which the items are scored.
 """
 
 import sys
@@ -46,15 +47,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ---- 1. Settings (§5.3) -------------------------------------------------------------------------
+Schedule = Literal["truncated_linear", "linear", "cosine", "sqrt"]
+
+
 @dataclass
 class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
     # Departs: §5.7 sees Beauty's loss converge after 150 epochs, but its validation is flat from 30
-    # on. How embeddings begin is not in the paper. epochs, embedding_dropout and embedding_std were
-    # chosen on that validation split.
+    # on. The paper neither ends earlier nor says how embeddings begin. epochs, embedding_dropout
+    # and embedding_std were chosen on that validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
     seed: int = 1  # seed of the random numbers: another seed gives another run
     eval_every: int = 5  # epochs from one validation to the next
@@ -62,14 +65,14 @@ class Config:
     batch_size: int = 512  # samples in one update of the weights
     lr: float = 0.001  # learning rate of Adam
     max_len: int = 50  # items of a history that are read, the latest ones (MovieLens-1M: 200)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # number format of matrix products
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # number format; auto: the faster
     dropout: float = 0.1  # share of each layer's output that training sets to 0
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
-    delta: float = 0.001  # mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # the share's variance or std is also delta
+    delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
+    delta_is: Literal["variance", "std"] = "variance"  # delta is also the variance of that share
     steps: int = 32  # diffusion steps
-    schedule: Literal["truncated_linear", "linear", "cosine", "sqrt"] = "truncated_linear"  # noise
+    schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
     approximator: Literal["transformer", "gru"] = "transformer"  # what reads the history
     hidden: int = 128  # numbers in an embedding
@@ -80,7 +83,7 @@ class Config:
         """Raises ValueError on a value of the wrong type or out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
-            words = get_args(field.type)  # of a Literal
+            words = get_args(field.type)  # those of a Literal, or ()
             low = 1 if field.type is int and field.name != "seed" else 0
             high = 0.99 if "dropout" in field.name else 10**9
             in_range = type(value) in (int, field.type) and low <= value <= high
@@ -99,19 +102,21 @@ CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # a later command 
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives no a or b. These bring the last β near that of the authors' code.
+        # Departs: the paper gives no a or b. With these, the last β is that of the authors' code,
+        # 20/t + 0.01, but for 0.01 - 0.01/t.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
-    elif name == "linear":  # DDPM's [15], scaled to t steps; §5.5 swaps its reference with cosine's
+    elif name == "linear":  # DDPM's [15], from 1000 steps to t; §5.5 cites it for cosine
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # the cosine of [25] and the square root of [23] give ᾱ, from which β follows by Eq. 3
-        u = np.arange(steps + 1) / steps
+    else:  # cosine [25] (§5.5 cites it for linear) and sqrt [23] give ᾱ, and so β, by Eq. 3
+        u = np.arange(steps + 1) / steps  # share of the steps that are done
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. A β of 1, as cosine's last, would leave nothing of x_start.
+    # Departs: the paper has no cap. β would reach 1 with few steps, as cosine's last, or pass it,
+    # as sqrt's last, and √(1 - β) would be NaN.
     return np.minimum(betas, 0.999)
 
 
@@ -125,7 +130,7 @@ class Diffusion(nn.Module):
         alphas = 1 - betas  # Eq. 3
         alphas_cumprod = alphas.cumprod(0)  # ᾱ_1..ᾱ_t of Eq. 3
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # 1 (ᾱ_0), ᾱ_1..ᾱ_{t-1}
-        ratio = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        ratio = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)  # β̃ / β of Eq. 6
 
         # Departs: Eq. 5 has √ᾱ_s before x_s, and §4.4 leaves out all bars. The mean of Eq. 4 needs
         # √α_s there, as in DDPM, and ᾱ elsewhere.
@@ -137,22 +142,22 @@ class Diffusion(nn.Module):
             "posterior_variance": ratio * betas,  # Eq. 6
         }
         for name, values in coefficients.items():
-            self.register_buffer(name, values.float(), persistent=False)
+            self.register_buffer(name, values.float(), persistent=False)  # moved, not saved
 
     def q_sample(self, x_start, s, noise):
         """Eq. 2, which is Eq. 1 for all steps up to s at once: x_s, drawn from q(x_s | x_start).
 
         x_start, noise (B, d), s (B,) -> (B, d).
         """
-        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. By §4.3 one step leads from e_{n+1}
-        # to another x_0, and s more to x_s; here index s is all of these s + 1 steps at once.
+        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. In §4.3 one step makes x_0 of e_{n+1}
+        # and s more make x_s of x_0. Here index s is these s + 1 steps at once.
         from_start = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
         return from_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
 
-        At index 0 this is x_start itself (not x_0): the mean is x_start and the variance is 0.
+        At index 0 all noise goes: the mean is x_start and the variance 0.
         """
         from_start = self.posterior_mean_coef1[s, None] * x_start
         from_noisy = self.posterior_mean_coef2[s, None] * x_s
@@ -180,7 +185,7 @@ class TransformerBlock(nn.Module):
         expand = nn.Linear(d, 4 * d)
         contract = nn.Linear(4 * d, d)
         self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
-        self.dropout = FastDropout(config.dropout)  # nn.Dropout, but faster on a CPU
+        self.dropout = FastDropout(config.dropout)  # nn.Dropout, faster; at the end of section 5
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
             nn.init.xavier_normal_(matrix)  # §5.3; query, key and value are a matrix each
@@ -189,7 +194,8 @@ class TransformerBlock(nn.Module):
         """z (B, L, d), mask (B, L), False at padding -> (B, L, d), with last_only (B, 1, d)."""
         # Departs: [37] normalises after each residual. Here, as in the authors' code, normalisation
         # comes before each sublayer, which did no worse in validation.
-        qkv = self.query_key_value(self.norm(z)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.query_key_value(self.norm(z))  # (B, L, 3 * d)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d/heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)
         if last_only:  # for speed: of the last block nothing else is used
             z = z[:, -1:]
@@ -215,7 +221,7 @@ class Transformer(nn.Module):
         # Departs: [37] adds position embeddings. The authors' code has some, unused, and
         # validation was better without. So the order of the items before the last is not read.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(config.hidden)  # Departs: normalising first needs a last norm.
+        self.norm = nn.LayerNorm(config.hidden)  # Departs: the blocks' sum is not normalised.
 
     def forward(self, z, mask):
         """z (B, L, d), z_1..z_n, mask (B, L), False at padding -> x_hat (B, d)."""
@@ -256,9 +262,10 @@ class DiffuRec(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.hidden)
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
-        features = torch.cpu.get_capabilities()
+        # Which devices have units for bfloat16, for precision "auto".
+        cpu = torch.cpu.get_capabilities().get("avx512_bf16", False)
         cuda = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.fast_bfloat16 = {"cpu": features.get("avx512_bf16", False), "cuda": cuda}
+        self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
 
     def autocast(self, device_type):
         """For speed: in this context matrix products have the number format `precision`."""
@@ -302,7 +309,7 @@ class DiffuRec(nn.Module):
         with self.autocast(history.device.type):
             e = self.embed(history)
             mask = history != 0
-            x_s = torch.randn_like(e[:, 0], generator=generator)  # the paper's x_t
+            x_s = torch.randn_like(e[:, 0], generator=generator)  # pure noise, the paper's x_t
             for index in reversed(range(self.config.steps)):
                 s = torch.full((len(history),), index, device=history.device)
                 x_hat = self.approximate(e, mask, x_s, s, generator)  # Eq. 10 and 16
@@ -318,16 +325,17 @@ class DiffuRec(nn.Module):
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
-        # Departs: Eq. 21 subtracts two vectors from a number; here, their squared norms, 1 + 1.
-        # The result is minus the squared distance of the normalised vectors.
+        # Departs: Eq. 21 subtracts two vectors from a number. We subtract their squared norms, 1
+        # and 1, which gives minus the squared distance of the normalised vectors.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
     def recommend(self, history, k):
         """The k best items after each history (B, L), from one reversal: items, scores (B, k).
 
-        Reads the last max_len items. The noise follows from the seed, so the same call gives the
-        same answer. Raises ValueError on what is no history, or if k is out of range.
+        Reads the last max_len items, and may answer with some of them. The noise follows from the
+        seed, so the same call gives the same answer. Raises ValueError if history is malformed or
+        k out of range.
         """
         if history.ndim != 2 or history.dtype != torch.int64 or not history.numel():
             raise ValueError("history: give a (B, L) tensor, not empty, of item ids as int64")
@@ -344,14 +352,14 @@ class DiffuRec(nn.Module):
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout, but faster on a CPU without torch.compile: 64 random bits serve four elements."""
+    """nn.Dropout, but faster on a CPU without torch.compile: 64 random bits for 4 elements."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # any
         uniform = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
-        kept = uniform >= round(self.p * 2**16) - 2**15
+        kept = uniform >= round(self.p * 2**16) - 2**15  # with probability 1 - p
         return x * kept.to(x.dtype) / (1 - self.p)
 
 
@@ -371,7 +379,7 @@ class Sequences:
 def load_sequences(path):
     """Read the data format: one line per user, that user's item ids oldest first, spaces between.
 
-    Raises OSError, or ValueError, with the first line that holds anything but ids.
+    Raises OSError, or ValueError that names the first line with anything but ids.
     """
     text = Path(path).read_text("utf-8-sig", errors="replace")
     users = {}  # by the number of their line
@@ -380,7 +388,8 @@ def load_sequences(path):
         for word in line.split():
             if not re.fullmatch("0*[1-9][0-9]{0,6}", word):  # at most seven digits after zeros
                 hint = f"if these are no sequences: python prepare_data.py NAME --raw {path}"
-                hint = "add 1 to every id, since 0 is padding" if word == "0" else hint
+                if word == "0":
+                    hint = "add 1 to every id, since 0 is padding"
                 raise ValueError(f"{path}:{number}: {word[:40]!r} is not an item id; {hint}")
         items = [int(word) for word in line.split()]
         n_items = max([n_items, *items])
@@ -428,8 +437,10 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """
     # Departs: the paper does not say which samples share a batch. Here it is histories of like
     # length, so that there is hardly any padding.
-    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of i_1
+    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of users' i_1
     lengths = np.minimum(targets - starts, max_len)
+
+    # With rng, samples are in random order among those of one length, and then batches are.
     order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
     order = order[np.argsort(lengths[order], kind="stable")]
     lengths = lengths[order]
@@ -441,9 +452,10 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     targets = torch.from_numpy(targets[order]).to(device)
     for begin in begins:
         batch = slice(begin, begin + batch_size)
+        # (B, L): the positions before each target, and whether they are before the user's i_1.
         positions = targets[batch, None] + torch.arange(-lengths[batch].max(), 0, device=device)
-        before = positions < starts[batch, None]  # before the user's first item: padding
-        yield items[positions.clamp(min=0)].masked_fill(before, 0), items[targets[batch]]
+        padding = positions < starts[batch, None]
+        yield items[positions.clamp(min=0)].masked_fill(padding, 0), items[targets[batch]]
 
 
 # ---- 7. Evaluation (§5.1) -----------------------------------------------------------------------
@@ -473,8 +485,9 @@ def metrics(rank, suffix=""):
 def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     """The metrics of two rankings by the same scores: of all items, and without the history's.
 
-    split is "validation" or "test". The noise follows from the seed and batch_size. ranks_file
-    gets one line per user, in the order of the data, with the ranks in both.
+    The paper has the first, many others the second. split is "validation" or "test". The noise
+    follows from the seed and batch_size. ranks_file gets one line per user, in the order of the
+    data: the rank of the target in the first ranking and in the second.
     """
     device = model.item_embeddings.weight.device
     batch_size = batch_size or (4096 if device.type == "cuda" else 512)
@@ -487,8 +500,8 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
         rank[user, 0] = ranks(scores, target)
-        # The second: column i is item i, column 0 is padding. A target that is itself in the
-        # history ranks last. ranks() refuses -inf.
+        # The second ranking puts the history's items last, also a target among them. A column for
+        # padding comes first, so that column i is item i. ranks() refuses -inf.
         scores = F.pad(scores, (1, 0))
         rank[user, 1] = ranks(scores.scatter(1, history, -1e30)[:, 1:], target)
 
@@ -509,7 +522,7 @@ def popularity(sequences):
 
 # ---- 8. Training (Algorithm 2, §5.3) ------------------------------------------------------------
 def train_epoch(model, sequences, optimizer, epoch):
-    """One pass over all samples, whose random numbers follow from seed and epoch -> mean loss."""
+    """One pass over all samples -> mean loss. Its random numbers follow from seed and epoch."""
     config = model.config
     device = model.item_embeddings.weight.device
     rng = np.random.default_rng([config.seed, epoch])
@@ -531,11 +544,12 @@ def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
 
     Saves `state` after each epoch: epoch (the last), weights, optimizer, best (an NDCG@10),
-    best_epoch, best_weights, events (the log). Raises FloatingPointError, unsaved, if not finite.
+    best_epoch, best_weights, events (the log), config, n_items. Raises FloatingPointError if the
+    loss or a weight is not finite; that epoch is not saved.
     """
     config = model.config
     patience = config.patience * config.eval_every  # in epochs
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)  # fused: faster
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -562,8 +576,11 @@ def train(model, sequences, folder, state):
 
         spent = sum(event.get("seconds", 0) for event in state["events"]) / 60
         left = math.ceil(spent / epoch * (config.epochs - epoch))
-        print(f"{line}  about {left} min left", flush=True)
         save_run(folder, state)
+        print(f"{line}  about {left} min left", flush=True)
+
+    if state["epoch"] < config.epochs:
+        print("no better validation for some time; a larger --patience would go on")
 
 
 def add_event(state, event, started, values):
@@ -613,7 +630,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: ranking by the rule that generated it
+TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: of who knows the rule that made the data
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
@@ -625,7 +642,7 @@ TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: ranking by the rule tha
 def train_command(args, sequences, folder):
     """Train a new run, or go on with one (--resume); then score its best epoch.
 
-    args also holds settings, of parse_arguments, and config, counts, command_line, of run.
+    args holds the flags, and settings (see parse_arguments), config, counts, command_line (run).
     """
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
@@ -659,6 +676,7 @@ def score(args, sequences, folder, split):
         add_event(state, "evaluate", started, {"split": split} | args.settings | values)
     else:  # a resumed run is scored again, and loses its old test
         kept = ("start", "epoch", "validation", "evaluate")
+        state["config"] |= args.settings
         state["events"] = [event for event in state["events"] if event["event"] in kept]
         state["events"] += [{"event": label} | row for label, row in others.items()]
         add_event(state, "test", started, values)
@@ -674,8 +692,9 @@ def score(args, sequences, folder, split):
 
 
 def recommend_command(args, sequences, folder, titles_file):
-    """Ten items for a user or after a history; §5.8: how many items 100 reversals' top 20s hold.
+    """Print ten items for a user, or after a history, and §5.8's measure of uncertainty.
 
+    This is the number of different items in the top 20 of 100 reversals, with new noise in each.
     Line i of titles_file, if there is one, is the title of item i.
     """
     model, _ = load_checkpoint(folder / "checkpoint.pt", **args.settings)
@@ -696,7 +715,7 @@ def recommend_command(args, sequences, folder, titles_file):
     for heading, ids in (("the end of the history", history[0, -10:]), ("next", items[0])):
         print(f"\n    item  {heading}")
         for item in ids.tolist():
-            print(f"{item:8}  {''.join(titles[item - 1 : item])}")
+            print(f"{item:8}  {''.join(titles[item - 1 : item])}")  # nothing if there is no title
 
     reversals = model.reverse(history[:, -model.config.max_len :].expand(100, -1))
     top = model.scores(reversals).topk(min(20, model.n_items)).indices
@@ -717,7 +736,8 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
     sequences = load_sequences(path)
 
-    # A table has one action per line, so equally few numbers. Rising first ones are users'.
+    # Signs of a table: each line has the same three or four numbers (user, item, rating, time), or
+    # the first number rises from line to line (the user's).
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
@@ -730,12 +750,12 @@ def find_data(args):
 
 
 def find_run(args, path, sequences):
-    """The folder of a new run or, with --resume and other commands, the newest on these data."""
+    """The folder of a new run or, with --resume and other commands, of the one written last."""
     if args.resume or args.evaluate or args.recommend is not None or args.history:
         logs = (args.out or Path("runs")).rglob("log.jsonl")
         logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
         if not logs:
-            raise ValueError("no run on these data yet; train one first: --data and --out alone")
+            raise ValueError("no run on these data yet; train one first: --data and --out will do")
         return max(logs, key=lambda log: log.stat().st_mtime).parent
 
     number = 1
@@ -756,8 +776,8 @@ def parse_arguments(argv):
     def refuse(message):
         raise ValueError(f"{message}; --help lists the flags")
 
-    about = __doc__.partition("\n\nThe file")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s ...", description=about)
+    about = __doc__.partition("\n\nThe file")[0]  # what stands above "The file follows"
+    parser = argparse.ArgumentParser(usage="%(prog)s ...", description=about, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = refuse  # one line, from main, instead of a page
     add = parser.add_argument
@@ -773,7 +793,7 @@ def parse_arguments(argv):
     add("--recommend", metavar="LINE", type=int, help="ten items for the user in this line")
     add("--history", metavar="ITEM", type=int, nargs="+", help="ten items after these ids")
 
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))  # by setting
     for field in fields(Config):
         flag = "--" + field.name.replace("_", "-")
         text = f"{comments[field.name]} (default: {field.default})"
@@ -816,11 +836,12 @@ def main(argv=None):
         run(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "stopped; --resume goes on after the last finished epoch"
+        status, message = 130, "stopped; --resume goes on after the last finished epoch, if any"
     except FloatingPointError as error:
         status, message = 1, str(error)
     except sqlite3.OperationalError as error:
-        status, message = 2, f"another program works on this run ({error}); wait for its end"
+        message = f"run not locked ({error}); if another program works on it, wait for its end"
+        status = 2
     except (OSError, ValueError) as error:
         status, message = 2, str(error)
     except (MemoryError, RuntimeError) as error:

@@ -241,11 +241,9 @@ class GRU(nn.Module):
     def forward(self, z, mask):
         """z (B, L, d), mask (B, L), False at padding -> x_hat (B, d)."""
         # Padding would change the state. So items go to the front, and what follows is not used.
-        lengths = mask.sum(1)
-        index = torch.arange(z.shape[1], device=z.device) + (z.shape[1] - lengths)[:, None]
-        index = index.clamp(max=z.shape[1] - 1)  # (B, L)
-        states, _ = self.gru(z.gather(1, index[:, :, None].expand_as(z)))  # (B, L, d)
-        return states[torch.arange(len(z), device=z.device), lengths - 1]
+        index = mask.int().argsort(dim=1, descending=True, stable=True)  # (B, L)
+        states, _ = self.gru(z.take_along_dim(index[:, :, None], dim=1))  # (B, L, d)
+        return states[torch.arange(len(z), device=z.device), mask.sum(1) - 1]
 
 
 # ---- 5. DiffuRec (§4): Algorithm 2, Algorithm 1, rounding ---------------------------------------

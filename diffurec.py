@@ -416,7 +416,7 @@ def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
     first = sequences.offsets[:-1]  # positions of i_1
     last = sequences.offsets[1:] - 1  # of i_n
     targets = np.delete(np.arange(len(sequences.items)), np.concatenate([first, last - 1, last]))
-    return make_batches(sequences, targets, max_len, batch_size, rng, device)
+    return make_batches(sequences, rng.permutation(targets), max_len, batch_size, rng, device)
 
 
 def eval_batches(sequences, split, max_len, batch_size, device="cpu"):
@@ -437,10 +437,7 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     # length, so that there is hardly any padding.
     starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of users' i_1
     lengths = np.minimum(targets - starts, max_len)
-
-    # With rng, samples are in random order among those of one length, and then batches are.
-    order = np.arange(len(targets)) if rng is None else rng.permutation(len(targets))
-    order = order[np.argsort(lengths[order], kind="stable")]
+    order = np.argsort(lengths, kind="stable")  # of one length: in the order of targets
     lengths = lengths[order]
     begins = np.arange(0, len(order), batch_size)
     begins = begins if rng is None else rng.permutation(begins)

@@ -543,13 +543,15 @@ def train(model, sequences, folder, state):
     loss or a weight is not finite; that epoch is not saved.
     """
     config = model.config
-    patience = config.patience * config.eval_every  # in epochs
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)  # fused: faster
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
 
-    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < patience:
-        epoch = state["epoch"] + 1
+    for epoch in range(state["epoch"] + 1, config.epochs + 1):
+        if epoch > state["best_epoch"] + config.patience * config.eval_every:
+            print("no better validation for some time; a larger --patience would go on")
+            break
+
         started = time.perf_counter()
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
@@ -573,9 +575,6 @@ def train(model, sequences, folder, state):
         left = math.ceil(spent / epoch * (config.epochs - epoch))
         save_run(folder, state)
         print(f"{line}  about {left} min left", flush=True)
-
-    if state["epoch"] < config.epochs:
-        print("no better validation for some time; a larger --patience would go on")
 
 
 def add_event(state, event, started, values):

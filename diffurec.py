@@ -583,17 +583,14 @@ def add_event(state, event, started, values):
 
 
 def save_run(folder, state):
-    """Write the checkpoint, with its SHA-256 at the end, and the log.
-
-    Each is written aside and renamed, so a killed program leaves the old file or the new one.
-    """
+    """Write the checkpoint, with its SHA-256 at the end, and the log."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     checkpoint = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     log = "".join(json.dumps(event) + "\n" for event in state["events"])
     for name, content in (("checkpoint.pt", checkpoint), ("log.jsonl", log.encode())):
         (folder / "unfinished").write_bytes(content)
-        (folder / "unfinished").replace(folder / name)
+        (folder / "unfinished").replace(folder / name)  # a killed program leaves old or new, whole
 
 
 def load_checkpoint(path, weights="best_weights", **changes):

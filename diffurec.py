@@ -700,13 +700,13 @@ def recommend_command(args, sequences, folder, titles_file):
 
     history = torch.tensor([history], device=args.device)
     items, _ = model.recommend(history, min(10, model.n_items))
-    titles = []
+    titles = {}
     if titles_file.is_file():
-        titles = titles_file.read_text("utf-8-sig", errors="replace").split("\n")
+        titles = dict(enumerate(titles_file.read_text("utf-8-sig", "replace").split("\n"), 1))
     for heading, ids in (("the end of the history", history[0, -10:]), ("next", items[0])):
         print(f"\n    item  {heading}")
         for item in ids.tolist():
-            print(f"{item:8}  {''.join(titles[item - 1 : item])}")  # nothing if there is no title
+            print(f"{item:8}  {titles.get(item, '')}")
 
     reversals = model.reverse(history[:, -model.config.max_len :].expand(100, -1))
     top = model.scores(reversals).topk(min(20, model.n_items)).indices

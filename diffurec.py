@@ -692,10 +692,9 @@ def recommend_command(args, sequences, folder, titles_file):
     model.to(args.device)
     history = args.history
     if args.recommend is not None:
-        lines = sequences.lines.tolist()
-        if args.recommend not in lines:
+        if args.recommend not in sequences.lines:
             raise ValueError(f"--recommend {args.recommend}: no user with three items in that line")
-        user = lines.index(args.recommend)
+        user = sequences.lines.tolist().index(args.recommend)
         history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
 
     history = torch.tensor([history], device=args.device)

@@ -667,7 +667,7 @@ def score(args, sequences, folder, split):
         add_event(state, "evaluate", started, {"split": split} | args.settings | values)
     else:  # a resumed run is scored again, and loses its old test
         kept = ("start", "epoch", "validation", "evaluate")
-        state["config"] |= args.settings
+        state["config"] = asdict(model.config)
         state["events"] = [event for event in state["events"] if event["event"] in kept]
         state["events"] += [{"event": label} | row for label, row in others.items()]
         add_event(state, "test", started, values)

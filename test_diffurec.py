@@ -536,8 +536,7 @@ def test_sequence_file_is_read_or_refused_with_its_line(tmp_path, data):
         return
     sequences, users = diffurec.load_sequences(tmp_path / "x.txt"), SEQUENCE_FILES[data]
     kept = {line: items for line, items in users.items() if len(items) >= 3}
-    assert sequences.lines.tolist() == list(kept)
-    assert sequences.n_users == len(kept)
+    assert (sequences.lines.tolist(), sequences.n_users) == (list(kept), len(kept))
     assert sequences.n_items == max(map(max, users.values()))
     bounds = itertools.pairwise(sequences.offsets.tolist())
     assert [sequences.items[a:b].tolist() for a, b in bounds] == list(kept.values())
@@ -937,7 +936,8 @@ def test_evaluate_adds_its_figures_to_the_log_and_changes_no_setting(cli):
     assert_row(cli.out, "all items", *added[2:])
     assert_row(cli.out, "without the history's items", *added[2:], suffix=" without history")
     assert cli("--data", "x.txt", "--resume", "--rounding", "r_star") == 0  # nothing to train
-    assert checkpoint_of("runs/x-1")[1]["config"]["rounding"] == "r_star"
+    kept = checkpoint_of("runs/x-1")[1]["config"]["rounding"], events_of("runs/x-1")[0]
+    assert kept == ("r_star", before[0])
 
 
 class Touch:

@@ -17,8 +17,8 @@ Steps    have an index s from 0, as in Algorithm 2 (§4.5 counts from 1): index 
          Eq. 1-6, 14 and Algorithm 1, so x_s at index 0 has the noise of one step.
 Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, which Eq. 1-6 call x_0; x_s
          is x_start after the noise of the steps 0..s; x_hat, the paper's x̂_0, is what the
-         approximator makes of a history and x_s; x_0, in this file, is the result of a reversal,
-         by which the items are scored.
+         approximator makes of a history and x_s; x_0, in this file, is what a reversal ends with,
+         and it scores the items.
 """
 
 import sys
@@ -56,8 +56,8 @@ class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
     # Departs: §5.7 sees Beauty's loss converge after 150 epochs, but its validation is flat from 30
-    # on. The paper neither ends earlier nor says how embeddings begin. epochs, embedding_dropout
-    # and embedding_std were chosen on that validation split.
+    # on. Early stopping and the first values of embeddings are not in the paper. epochs,
+    # embedding_dropout and embedding_std were chosen on that validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
     seed: int = 1  # seed of the random numbers: another seed gives another run
     eval_every: int = 5  # epochs from one validation to the next
@@ -70,7 +70,7 @@ class Config:
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
     delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # delta is also the variance of that share
+    delta_is: Literal["variance", "std"] = "variance"  # what delta is besides the mean
     steps: int = 32  # diffusion steps
     schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -95,28 +95,32 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
-CHANGEABLE = ("epochs", "patience", "precision", "rounding")  # a later command may change these
+# What --resume, which loads the last weights, may change, and what the commands for the best may.
+CHANGEABLE = {
+    "weights": ("epochs", "patience", "precision"),
+    "best_weights": ("precision", "rounding"),
+}
 
 
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise that each step adds: float64 (steps,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14
-        # Departs: the paper gives no a or b. With these, the last β is that of the authors' code,
-        # 20/t + 0.01, but for 0.01 - 0.01/t.
+        # Departs: the paper gives no a or b. With these the last β, 20/t + 0.01/t, is close to that
+        # of the authors' code, 20/t + 0.01.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
-    elif name == "linear":  # DDPM's [15], from 1000 steps to t; §5.5 cites it for cosine
+    elif name == "linear":  # DDPM's [15] 1000 steps as t; §5.5 cites it for cosine
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # cosine [25] (§5.5 cites it for linear) and sqrt [23] give ᾱ, and so β, by Eq. 3
         u = np.arange(steps + 1) / steps  # share of the steps that are done
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. β would reach 1 with few steps, as cosine's last, or pass it,
-    # as sqrt's last, and √(1 - β) would be NaN.
+    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's more than 1, and with few
+    # steps so are the linear ones. √(1 - β) would be 0 or NaN.
     return np.minimum(betas, 0.999)
 
 
@@ -149,8 +153,8 @@ class Diffusion(nn.Module):
 
         x_start, noise (B, d), s (B,) -> (B, d).
         """
-        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. In §4.3 one step makes x_0 of e_{n+1}
-        # and s more make x_s of x_0. Here index s is these s + 1 steps at once.
+        # Departs: §4.3 and Eq. 15 print α where Eq. 2 has ᾱ. In §4.3 one step goes from e_{n+1} to
+        # x_0, and s more from x_0 to x_s. Here index s is these s + 1 steps at once.
         from_start = self.sqrt_alphas_cumprod[s, None] * x_start  # [s, None]: (B, 1)
         return from_start + self.sqrt_one_minus_alphas_cumprod[s, None] * noise
 
@@ -219,9 +223,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         # Departs: [37] adds position embeddings. The authors' code has some, unused, and
-        # validation was better without. So the order of the items before the last is not read.
+        # validation was better without. So the order of the items before the last has no effect.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(config.hidden)  # Departs: the blocks' sum is not normalised.
+        self.norm = nn.LayerNorm(config.hidden)  # Departs: needed, since our blocks end in a sum.
 
     def forward(self, z, mask):
         """z (B, L, d), z_1..z_n, mask (B, L), False at padding -> x_hat (B, d)."""
@@ -319,7 +323,7 @@ class DiffuRec(nn.Module):
         return x_s  # x_0: at index 0 the mean is x_hat and the variance 0
 
     def scores(self, x_0):
-        """Rounding (Eq. 11): how well items fit. x_0 (B, d) -> (B, n_items), item j + 1 at j."""
+        """Rounding (Eq. 11): x_0 (B, d) -> scores (B, n_items), of item j + 1 in column j."""
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
@@ -331,9 +335,9 @@ class DiffuRec(nn.Module):
     def recommend(self, history, k):
         """The k best items after each history (B, L), from one reversal: items, scores (B, k).
 
-        Reads the last max_len items, and may answer with some of them. The noise follows from the
-        seed, so the same call gives the same answer. Raises ValueError if history is malformed or
-        k out of range.
+        Reads the last max_len items. The answer may contain items of the history. The noise follows
+        from the seed, so the same call gives the same answer. Raises ValueError if history is
+        malformed or k out of range.
         """
         if history.ndim != 2 or history.dtype != torch.int64 or not history.numel():
             raise ValueError("history: give a (B, L) tensor, not empty, of item ids as int64")
@@ -355,7 +359,7 @@ class FastDropout(nn.Dropout):
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # any
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # any int
         uniform = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
         kept = uniform >= round(self.p * 2**16) - 2**15  # with probability 1 - p
         return x * kept.to(x.dtype) / (1 - self.p)
@@ -495,8 +499,8 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
         rank[user, 0] = ranks(scores, target)
-        # The second ranking puts the history's items last, also a target among them. A column for
-        # padding comes first, so that column i is item i. ranks() refuses -inf.
+        # The second ranking puts the history's items last, even the target if it is one of them. A
+        # column for padding comes first, so that column i is item i. ranks() refuses -inf.
         scores = F.pad(scores, (1, 0))
         rank[user, 1] = ranks(scores.scatter(1, history, -1e30)[:, 1:], target)
 
@@ -571,8 +575,9 @@ def train(model, sequences, folder, state):
                 state["best_weights"] = copy.deepcopy(model.state_dict())
                 line += ", the best so far"
 
-        spent = sum(event.get("seconds", 0) for event in state["events"]) / 60
-        left = math.ceil(spent / epoch * (config.epochs - epoch))
+        kinds = ("epoch", "validation")
+        spent = sum(event["seconds"] for event in state["events"] if event["event"] in kinds)
+        left = math.ceil(spent / 60 / epoch * (config.epochs - epoch))
         save_run(folder, state)
         print(f"{line}  about {left} min left", flush=True)
 
@@ -589,8 +594,9 @@ def save_run(folder, state):
     checkpoint = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     log = "".join(json.dumps(event) + "\n" for event in state["events"])
     for name, content in (("checkpoint.pt", checkpoint), ("log.jsonl", log.encode())):
+        # A program killed here leaves the old file or the new one, whole.
         (folder / "unfinished").write_bytes(content)
-        (folder / "unfinished").replace(folder / name)  # a killed program leaves old or new, whole
+        (folder / "unfinished").replace(folder / name)
 
 
 def load_checkpoint(path, weights="best_weights", **changes):
@@ -608,7 +614,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
     if not state[weights]:
         raise ValueError(f"{path}: no validation yet; go on with --resume")
     for name, kept in state["config"].items():
-        if changes.get(name, kept) != kept and name not in CHANGEABLE:
+        if changes.get(name, kept) != kept and name not in CHANGEABLE[weights]:
             raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers as they are
         model = DiffuRec(state["n_items"], Config(**state["config"] | changes))
@@ -621,7 +627,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: of who knows the rule that made the data
+TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: the best that its rule allows
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
@@ -633,11 +639,12 @@ TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: of who knows the rule t
 def train_command(args, sequences, folder):
     """Train a new run, or go on with one (--resume); then score its best epoch.
 
-    args holds the flags, and settings (see parse_arguments), config, counts, command_line (run).
+    args holds the flags; parse_arguments adds settings, and run config, counts and command_line.
     """
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
         state["config"] = asdict(model.config)
+        save_run(folder, state)
     else:
         torch.manual_seed(args.config.seed)
         model = DiffuRec(sequences.n_items, args.config)
@@ -667,7 +674,6 @@ def score(args, sequences, folder, split):
         add_event(state, "evaluate", started, {"split": split} | args.settings | values)
     else:  # a resumed run is scored again, and loses its old test
         kept = ("start", "epoch", "validation", "evaluate")
-        state["config"] = asdict(model.config)
         state["events"] = [event for event in state["events"] if event["event"] in kept]
         state["events"] += [{"event": label} | row for label, row in others.items()]
         add_event(state, "test", started, values)
@@ -726,8 +732,8 @@ def find_data(args):
         path = prepare_data.prepare(args.data, args.data_dir)
     sequences = load_sequences(path)
 
-    # Signs of a table: each line has the same three or four numbers (user, item, rating, time), or
-    # the first number rises from line to line (the user's).
+    # Signs of a table: every line has three numbers, or every line four (user, item, rating, time),
+    # or the first number rises from line to line (the user's).
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
@@ -745,7 +751,7 @@ def find_run(args, path, sequences):
         logs = (args.out or Path("runs")).rglob("log.jsonl")
         logs = [log for log in logs if sequences.fingerprint in log.read_text(errors="replace")]
         if not logs:
-            raise ValueError("no run on these data yet; train one first: --data and --out will do")
+            raise ValueError(f"no run on these data in {args.out or 'runs'}; train one first")
         return max(logs, key=lambda log: log.stat().st_mtime).parent
 
     number = 1
@@ -778,7 +784,7 @@ def parse_arguments(argv):
     add("--device", default=device, help="cpu or cuda (default: cuda if there is one)")
     add("--not-a-table", action="store_true", help="the file only looks like a table")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on with the newest run on these data")
+    add("--resume", action="store_true", help="go on with the run written last on these data")
     add("--evaluate", action="store_true", help="score its best epoch on both splits")
     add("--recommend", metavar="LINE", type=int, help="ten items for the user in this line")
     add("--history", metavar="ITEM", type=int, nargs="+", help="ten items after these ids")
@@ -821,7 +827,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """Returns 0, 1 for numbers not finite, 130 for Ctrl-C, 2 for other errors caught here."""
+    """Returns 0, or 1 if numbers are not finite, 130 on Ctrl-C, 2 on other errors caught here."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
@@ -830,7 +836,7 @@ def main(argv=None):
     except FloatingPointError as error:
         status, message = 1, str(error)
     except sqlite3.OperationalError as error:
-        message = f"run not locked ({error}); if another program works on it, wait for its end"
+        message = f"cannot lock the run ({error}); if another program works on it, wait for its end"
         status = 2
     except (OSError, ValueError) as error:
         status, message = 2, str(error)

@@ -56,7 +56,7 @@ class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
     # Departs: §5.7 sees Beauty's loss converge after 150 epochs, but its validation is flat from 30
-    # on. Early stopping and the first values of embeddings are not in the paper. epochs,
+    # on. Early stopping and the initial embeddings are not in the paper. epochs,
     # embedding_dropout and embedding_std were chosen on that validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
     seed: int = 1  # seed of the random numbers: another seed gives another run
@@ -68,9 +68,9 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # number format; auto: the faster
     dropout: float = 0.1  # share of each layer's output that training sets to 0
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
-    embedding_std: float = 0.25  # standard deviation of the first embeddings (toy: 0.1)
+    embedding_std: float = 0.25  # standard deviation of the initial embeddings (toy: 0.1)
     delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # what delta is besides the mean
+    delta_is: Literal["variance", "std"] = "variance"  # what else delta is of that share
     steps: int = 32  # diffusion steps
     schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -95,7 +95,8 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
-# What --resume, which loads the last weights, may change, and what the commands for the best may.
+# The settings of a run that --resume, which loads the last weights, may change, and that
+# --evaluate, --recommend and --history may, which load the best ones.
 CHANGEABLE = {
     "weights": ("epochs", "patience", "precision"),
     "best_weights": ("precision", "rounding"),
@@ -112,15 +113,15 @@ def beta_schedule(name, steps):
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
-    elif name == "linear":  # DDPM's [15] 1000 steps as t; §5.5 cites it for cosine
+    elif name == "linear":  # DDPM's [15], scaled from 1000 steps to t; §5.5 has [25]
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # cosine [25] (§5.5 cites it for linear) and sqrt [23] give ᾱ, and so β, by Eq. 3
+    else:  # cosine [25] (§5.5: [15]) and sqrt [23] give ᾱ, from which β follows by Eq. 3
         u = np.arange(steps + 1) / steps  # share of the steps that are done
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's more than 1, and with few
-    # steps so are the linear ones. √(1 - β) would be 0 or NaN.
+    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's more than 1, as are
+    # linear ones with few steps. √(1 - β) would be 0 or NaN.
     return np.minimum(betas, 0.999)
 
 
@@ -146,7 +147,7 @@ class Diffusion(nn.Module):
             "posterior_variance": ratio * betas,  # Eq. 6
         }
         for name, values in coefficients.items():
-            self.register_buffer(name, values.float(), persistent=False)  # moved, not saved
+            self.register_buffer(name, values.float(), persistent=False)  # moves, is not saved
 
     def q_sample(self, x_start, s, noise):
         """Eq. 2, which is Eq. 1 for all steps up to s at once: x_s, drawn from q(x_s | x_start).
@@ -189,7 +190,7 @@ class TransformerBlock(nn.Module):
         expand = nn.Linear(d, 4 * d)
         contract = nn.Linear(4 * d, d)
         self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
-        self.dropout = FastDropout(config.dropout)  # nn.Dropout, faster; at the end of section 5
+        self.dropout = FastDropout(config.dropout)  # a faster nn.Dropout, defined below
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
             nn.init.xavier_normal_(matrix)  # §5.3; query, key and value are a matrix each
@@ -201,7 +202,7 @@ class TransformerBlock(nn.Module):
         qkv = self.query_key_value(self.norm(z))  # (B, L, 3 * d)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d/heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)
-        if last_only:  # for speed: of the last block nothing else is used
+        if last_only:  # for speed: only the last position of the last block is used
             z = z[:, -1:]
             query = query[:, :, -1:]
 
@@ -225,7 +226,8 @@ class Transformer(nn.Module):
         # Departs: [37] adds position embeddings. The authors' code has some, unused, and
         # validation was better without. So the order of the items before the last has no effect.
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(config.hidden)  # Departs: needed, since our blocks end in a sum.
+        # Departs: a block of [37] ends in a LayerNorm, ours in a sum. So one LayerNorm follows.
+        self.norm = nn.LayerNorm(config.hidden)
 
     def forward(self, z, mask):
         """z (B, L, d), z_1..z_n, mask (B, L), False at padding -> x_hat (B, d)."""
@@ -439,9 +441,10 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """
     # Departs: the paper does not say which samples share a batch. Here it is histories of like
     # length, so that there is hardly any padding.
-    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]  # of users' i_1
+    # For each target, the position of its user's i_1 and the length of its history.
+    starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]
     lengths = np.minimum(targets - starts, max_len)
-    order = np.argsort(lengths, kind="stable")  # of one length: in the order of targets
+    order = np.argsort(lengths, kind="stable")  # equal lengths keep the order of targets
     lengths = lengths[order]
     begins = np.arange(0, len(order), batch_size)
     begins = begins if rng is None else rng.permutation(begins)
@@ -540,7 +543,7 @@ def train_epoch(model, sequences, optimizer, epoch):
 
 
 def train(model, sequences, folder, state):
-    """Train up to `epochs`, or until `patience` validations in a row bring no better NDCG@10.
+    """Train up to `epochs`, or until `patience` * `eval_every` epochs bring no better NDCG@10.
 
     Saves `state` after each epoch: epoch (the last), weights, optimizer, best (an NDCG@10),
     best_epoch, best_weights, events (the log), config, n_items. Raises FloatingPointError if the
@@ -612,7 +615,7 @@ def load_checkpoint(path, weights="best_weights", **changes):
     state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
 
     if not state[weights]:
-        raise ValueError(f"{path}: no validation yet; go on with --resume")
+        raise ValueError(f"{path}: no validation yet; --resume it, with more --epochs if it ended")
     for name, kept in state["config"].items():
         if changes.get(name, kept) != kept and name not in CHANGEABLE[weights]:
             raise ValueError(f"{name} is {kept} in this run; leave it out, or train a new run")
@@ -627,7 +630,9 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: the best that its rule allows
+# DiffuRec's column, in %, in the order of METRICS. For the toy: the figures of a ranking by the
+# rule that prepare_data.py makes its sequences with.
+TABLE_2 = {
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
     ML_1M: (17.9659, 26.2647, 36.7870, 12.1150, 14.7909, 17.4386),
@@ -639,7 +644,7 @@ TABLE_2 = {  # DiffuRec's column, in %, as METRICS; toy: the best that its rule 
 def train_command(args, sequences, folder):
     """Train a new run, or go on with one (--resume); then score its best epoch.
 
-    args holds the flags; parse_arguments adds settings, and run config, counts and command_line.
+    args holds the flags; parse_arguments() adds settings; run() adds config, counts, command_line.
     """
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
@@ -699,7 +704,7 @@ def recommend_command(args, sequences, folder, titles_file):
     history = args.history
     if args.recommend is not None:
         if args.recommend not in sequences.lines:
-            raise ValueError(f"--recommend {args.recommend}: no user with three items in that line")
+            raise ValueError(f"--recommend {args.recommend}: that line has no three items")
         user = sequences.lines.tolist().index(args.recommend)
         history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
 
@@ -733,7 +738,7 @@ def find_data(args):
     sequences = load_sequences(path)
 
     # Signs of a table: every line has three numbers, or every line four (user, item, rating, time),
-    # or the first number rises from line to line (the user's).
+    # or the first number, then the user's, rises from line to line.
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()
@@ -785,7 +790,7 @@ def parse_arguments(argv):
     add("--not-a-table", action="store_true", help="the file only looks like a table")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run written last on these data")
-    add("--evaluate", action="store_true", help="score its best epoch on both splits")
+    add("--evaluate", action="store_true", help="score that run's best epoch on both splits")
     add("--recommend", metavar="LINE", type=int, help="ten items for the user in this line")
     add("--history", metavar="ITEM", type=int, nargs="+", help="ten items after these ids")
 
@@ -843,7 +848,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if "memory" not in repr(error).lower():
             raise
-        status, message = 2, "out of memory; a smaller --batch-size, --max-len or --hidden helps"
+        status, message = 2, "out of memory; train with smaller --batch-size, --max-len or --hidden"
     print(f"diffurec.py: {message}", file=sys.stderr)
     return status
 

@@ -70,7 +70,7 @@ class Config:
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the initial embeddings (toy: 0.1)
     delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # what else delta is of that share
+    delta_is: Literal["variance", "std"] = "variance"  # delta is also this of that share
     steps: int = 32  # diffusion steps
     schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored

@@ -17,8 +17,8 @@ Steps    have an index s from 0, as in Algorithm 2 (§4.5 counts from 1): index 
          Eq. 1-6, 14 and Algorithm 1, so x_s at index 0 has the noise of one step.
 Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, which Eq. 1-6 call x_0; x_s
          is x_start after the noise of the steps 0..s; x_hat, the paper's x̂_0, is what the
-         approximator makes of a history and x_s; x_0, in this file, is what a reversal ends with,
-         and it scores the items.
+         approximator makes of a history and x_s; x_0 is not x_s at index 0: in this file it is
+         what a reversal ends with, and it scores the items.
 """
 
 import sys
@@ -70,7 +70,7 @@ class Config:
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the initial embeddings (toy: 0.1)
     delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # delta is also this of that share
+    delta_is: Literal["variance", "std"] = "variance"  # what the second δ in λ ~ N(δ, δ) is
     steps: int = 32  # diffusion steps
     schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -95,8 +95,8 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
-# The settings of a run that --resume, which loads the last weights, may change, and that
-# --evaluate, --recommend and --history may, which load the best ones.
+# The settings of a saved run that a command may change. --resume loads the last weights;
+# --evaluate, --recommend and --history load the best ones.
 CHANGEABLE = {
     "weights": ("epochs", "patience", "precision"),
     "best_weights": ("precision", "rounding"),
@@ -113,9 +113,9 @@ def beta_schedule(name, steps):
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
-    elif name == "linear":  # DDPM's [15], scaled from 1000 steps to t; §5.5 has [25]
+    elif name == "linear":  # DDPM's [15], 1000 steps scaled to t; §5.5 cites [25]
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # cosine [25] (§5.5: [15]) and sqrt [23] give ᾱ, from which β follows by Eq. 3
+    else:  # cosine [25] (§5.5 cites [15]) and sqrt [23] give ᾱ, from which β follows by Eq. 3
         u = np.arange(steps + 1) / steps  # share of the steps that are done
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
@@ -441,7 +441,8 @@ def make_batches(sequences, targets, max_len, batch_size, rng, device):
     """
     # Departs: the paper does not say which samples share a batch. Here it is histories of like
     # length, so that there is hardly any padding.
-    # For each target, the position of its user's i_1 and the length of its history.
+
+    # For each target: the position of its user's i_1, and the length of its history.
     starts = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))[targets]
     lengths = np.minimum(targets - starts, max_len)
     order = np.argsort(lengths, kind="stable")  # equal lengths keep the order of targets
@@ -496,14 +497,15 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 
-    # Users in the order of eval_batches, by length. Histories are whole, for the second ranking.
+    # Users in the order of eval_batches, by length. With all items as max_len, no history is cut:
+    # the second ranking needs it whole.
     users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
         scores = model.scores(model.reverse(history[:, -model.config.max_len :], generator))
         rank[user, 0] = ranks(scores, target)
         # The second ranking puts the history's items last, even the target if it is one of them. A
-        # column for padding comes first, so that column i is item i. ranks() refuses -inf.
+        # column for padding comes first, so that column i is item i. Not -inf: ranks() refuses it.
         scores = F.pad(scores, (1, 0))
         rank[user, 1] = ranks(scores.scatter(1, history, -1e30)[:, 1:], target)
 
@@ -630,8 +632,8 @@ def load_checkpoint(path, weights="best_weights", **changes):
 ML_1M = (6_040, 3_416, 999_611)
 TOY = (2_000, 200, 20_001)
 DATASET_SETTINGS = {ML_1M: {"max_len": 200}, TOY: {"epochs": 12, "embedding_std": 0.1}}
-# DiffuRec's column, in %, in the order of METRICS. For the toy: the figures of a ranking by the
-# rule that prepare_data.py makes its sequences with.
+# DiffuRec's column, in %, in the order of METRICS. prepare_data.py makes the toy's sequences by a
+# rule: its row is what a ranking by that rule scores, the "ceiling".
 TABLE_2 = {
     (22_363, 12_101, 198_502): (5.5758, 7.9068, 11.1098, 4.0047, 4.7494, 5.5566),  # Beauty
     (19_412, 11_924, 167_597): (5.5650, 7.4587, 9.8417, 4.1667, 4.7724, 5.3684),  # Toys
@@ -649,7 +651,7 @@ def train_command(args, sequences, folder):
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
         state["config"] = asdict(model.config)
-        save_run(folder, state)
+        save_run(folder, state)  # score() compares the flags with the config in this file
     else:
         torch.manual_seed(args.config.seed)
         model = DiffuRec(sequences.n_items, args.config)
@@ -704,7 +706,7 @@ def recommend_command(args, sequences, folder, titles_file):
     history = args.history
     if args.recommend is not None:
         if args.recommend not in sequences.lines:
-            raise ValueError(f"--recommend {args.recommend}: that line has no three items")
+            raise ValueError(f"--recommend {args.recommend}: no such line with three items or more")
         user = sequences.lines.tolist().index(args.recommend)
         history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
 
@@ -738,7 +740,7 @@ def find_data(args):
     sequences = load_sequences(path)
 
     # Signs of a table: every line has three numbers, or every line four (user, item, rating, time),
-    # or the first number, then the user's, rises from line to line.
+    # or the first number of a line, in a table the user's, rises from line to line.
     lengths = np.diff(sequences.offsets)
     first_items = sequences.items[sequences.offsets[:-1]]
     table = lengths.min() == lengths.max() <= 4 or (np.diff(first_items) > 0).all()

@@ -69,8 +69,8 @@ class Config:
     dropout: float = 0.1  # share of each layer's output that training sets to 0
     embedding_dropout: float = 0.5  # dropout of the history's embeddings
     embedding_std: float = 0.25  # standard deviation of the initial embeddings (toy: 0.1)
-    delta: float = 0.001  # δ: mean share of the noisy target that goes into the history; 0: none
-    delta_is: Literal["variance", "std"] = "variance"  # what the second δ in λ ~ N(δ, δ) is
+    delta: float = 0.001  # mean share of the noisy target that goes into the history; 0: none
+    delta_is: Literal["variance", "std"] = "variance"  # delta is also that share's variance or std
     steps: int = 32  # diffusion steps
     schedule: Schedule = "truncated_linear"  # how the noise grows from step to step
     rounding: Literal["inner_product", "r_star"] = "inner_product"  # how items are scored
@@ -565,8 +565,7 @@ def train(model, sequences, folder, state):
         loss = train_epoch(model, sequences, optimizer, epoch)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"epoch {epoch}: numbers are not finite; try a smaller --lr")
-        state |= {"epoch": epoch, "weights": model.state_dict()}
-        state["optimizer"] = optimizer.state_dict()
+        state.update(epoch=epoch, weights=model.state_dict(), optimizer=optimizer.state_dict())
         add_event(state, "epoch", started, {"epoch": epoch, "loss": loss})
         line = f"epoch {epoch}  loss {loss:.4f}"
 

@@ -8,17 +8,19 @@ Transformer reads the history and, step by step, turns noise into the embedding 
   python diffurec.py --data beauty --recommend 1   ten items for the user in line 1
 
 The file follows the paper, whose sections (§), equations (Eq.), algorithms and tables it names.
-Where it departs from the paper's text, a comment says why: `grep -A2 Departs: diffurec.py`.
+Where it departs from the paper's text, or fills a gap in it, a comment `Departs:` says why; to list
+them, `grep -A2 Departs: diffurec.py`. "The authors' code" is github.com/WHUIR/DiffuRec.
 
-Shapes   B users or samples in a batch, L items in a history, d the size of an embedding, t steps.
+Shapes   B users or samples in a batch, L items in a history, d the size of an embedding (d of
+         Eq. 13 is a vector; see step_embedding), t diffusion steps.
 Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; target (B,) holds
          the items that come next.
 Steps    have an index s from 0, as in Algorithm 2 (§4.5 counts from 1): index s is step s + 1 of
          Eq. 1-6, 14 and Algorithm 1, so x_s at index 0 has the noise of one step.
 Vectors  (B, d) stand for the target: x_start is its embedding e_{n+1}, which Eq. 1-6 call x_0; x_s
          is x_start after the noise of the steps 0..s; x_hat, the paper's x̂_0, is what the
-         approximator makes of a history and x_s; x_0 is not x_s at index 0: in this file it is
-         what a reversal ends with, and it scores the items.
+         approximator makes of a history and x_s; x_0 is what a reversal ends with, and scores the
+         items (it is not §4.3's x_0, of which q_sample tells).
 """
 
 import sys
@@ -43,7 +45,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import torch
+import torch  # 2.13, whose randn_like takes a generator
 import torch.nn.functional as F
 from torch import nn
 
@@ -55,9 +57,9 @@ Schedule = Literal["truncated_linear", "linear", "cosine", "sqrt"]
 class Config:
     """All settings. Each is a flag of the command line, and its comment is the line in --help."""
 
-    # Departs: §5.7 sees Beauty's loss converge after 150 epochs, but its validation is flat from 30
-    # on. Early stopping and the initial embeddings are not in the paper. epochs,
-    # embedding_dropout and embedding_std were chosen on that validation split.
+    # Departs: §5.7 sees Beauty's loss converge after 150 epochs; here validation is flat from 30
+    # on. Early stopping and the initial embeddings' scale are not in the paper. epochs,
+    # embedding_dropout and embedding_std were chosen on Beauty's validation split.
     epochs: int = 45  # passes over the training data, at most (toy: 12)
     seed: int = 1  # seed of the random numbers: another seed gives another run
     eval_every: int = 5  # epochs from one validation to the next
@@ -95,8 +97,8 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}, but must be even and divisible by heads")
 
 
-# The settings of a saved run that a command may change. --resume loads the last weights;
-# --evaluate, --recommend and --history load the best ones.
+# The settings of a saved run that load_checkpoint() may change. It loads the last epoch's weights
+# for --resume, and the best epoch's for --evaluate, --recommend and --history.
 CHANGEABLE = {
     "weights": ("epochs", "patience", "precision"),
     "best_weights": ("precision", "rounding"),
@@ -120,8 +122,8 @@ def beta_schedule(name, steps):
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's more than 1, as are
-    # linear ones with few steps. √(1 - β) would be 0 or NaN.
+    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's more than 1, as are those
+    # of both linear schedules with few steps. √(1 - β) would be 0 or NaN.
     return np.minimum(betas, 0.999)
 
 
@@ -147,7 +149,7 @@ class Diffusion(nn.Module):
             "posterior_variance": ratio * betas,  # Eq. 6
         }
         for name, values in coefficients.items():
-            self.register_buffer(name, values.float(), persistent=False)  # moves, is not saved
+            self.register_buffer(name, values.float(), persistent=False)  # moves with .to()
 
     def q_sample(self, x_start, s, noise):
         """Eq. 2, which is Eq. 1 for all steps up to s at once: x_s, drawn from q(x_s | x_start).
@@ -162,7 +164,7 @@ class Diffusion(nn.Module):
     def q_posterior(self, x_start, x_s, s):
         """Eq. 4-6: mean (B, d) and variance (B, 1) of x_{s-1}, given x_s and x_start. s (B,).
 
-        At index 0 all noise goes: the mean is x_start and the variance 0.
+        At index 0 the last noise is removed: the mean is x_start and the variance 0.
         """
         from_start = self.posterior_mean_coef1[s, None] * x_start
         from_noisy = self.posterior_mean_coef2[s, None] * x_s
@@ -193,7 +195,7 @@ class TransformerBlock(nn.Module):
         self.dropout = FastDropout(config.dropout)  # a faster nn.Dropout, defined below
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
-            nn.init.xavier_normal_(matrix)  # §5.3; query, key and value are a matrix each
+            nn.init.xavier_normal_(matrix)  # §5.3; Q, K and V each on its own
 
     def forward(self, z, mask, last_only=False):
         """z (B, L, d), mask (B, L), False at padding -> (B, L, d), with last_only (B, 1, d)."""
@@ -318,7 +320,7 @@ class DiffuRec(nn.Module):
                 s = torch.full((len(history),), index, device=history.device)
                 x_hat = self.approximate(e, mask, x_s, s, generator)  # Eq. 10 and 16
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
-                # Departs: Eq. 17 multiplies the noise by β̃, which by Eq. 4 is its variance.
+                # Departs: Eq. 17 has β̃ where we have √β̃. By Eq. 4 β̃ is the noise's variance.
                 noise = torch.randn_like(x_s, generator=generator)
                 x_s = mean + variance.sqrt() * noise  # Eq. 10 and 17
         self.train(training)
@@ -361,7 +363,8 @@ class FastDropout(nn.Dropout):
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # any int
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+        bits.random_(-(2**63), None)  # any int64
         uniform = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
         kept = uniform >= round(self.p * 2**16) - 2**15  # with probability 1 - p
         return x * kept.to(x.dtype) / (1 - self.p)
@@ -413,7 +416,7 @@ def load_sequences(path):
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
-    """One epoch of (history, target), in random order; rng is a NumPy Generator.
+    """One epoch of batches (history, target), in random order; rng is a NumPy Generator.
 
     A user's training part is i_1..i_{n-2}: "7 3 9 4 8" gives 3 after 7, and 9 after 7 3.
     """
@@ -497,8 +500,8 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 
-    # Users in the order of eval_batches, by length. With all items as max_len, no history is cut:
-    # the second ranking needs it whole.
+    # Users in the order of eval_batches, by length. Its max_len here is the number of all actions,
+    # which cuts no history: the second ranking needs it whole.
     users = torch.from_numpy(np.argsort(np.diff(sequences.offsets), kind="stable")).to(device)
     batches = eval_batches(sequences, split, len(sequences.items), batch_size, device)
     for user, (history, target) in zip(users.split(batch_size), batches, strict=True):
@@ -650,7 +653,7 @@ def train_command(args, sequences, folder):
     if args.resume:
         model, state = load_checkpoint(folder / "checkpoint.pt", "weights", **args.settings)
         state["config"] = asdict(model.config)
-        save_run(folder, state)  # score() compares the flags with the config in this file
+        save_run(folder, state)  # or score() would load the old config, and refuse --epochs
     else:
         torch.manual_seed(args.config.seed)
         model = DiffuRec(sequences.n_items, args.config)
@@ -678,7 +681,7 @@ def score(args, sequences, folder, split):
     values = {"epoch": state["best_epoch"]} | result
     if args.evaluate:
         add_event(state, "evaluate", started, {"split": split} | args.settings | values)
-    else:  # a resumed run is scored again, and loses its old test
+    else:  # a resumed run is scored again, in place of the last time
         kept = ("start", "epoch", "validation", "evaluate")
         state["events"] = [event for event in state["events"] if event["event"] in kept]
         state["events"] += [{"event": label} | row for label, row in others.items()]
@@ -792,7 +795,7 @@ def parse_arguments(argv):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run written last on these data")
     add("--evaluate", action="store_true", help="score that run's best epoch on both splits")
-    add("--recommend", metavar="LINE", type=int, help="ten items for the user in this line")
+    add("--recommend", metavar="LINE", type=int, help="ten items after all those of this line")
     add("--history", metavar="ITEM", type=int, nargs="+", help="ten items after these ids")
 
     comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))  # by setting

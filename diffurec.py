@@ -711,6 +711,8 @@ def recommend_command(args, sequences, folder, titles_file):
             raise ValueError(f"--recommend {args.recommend}: no such line with three items or more")
         user = sequences.lines.tolist().index(args.recommend)
         history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+    if not 1 <= min(history) <= max(history) <= model.n_items:
+        raise ValueError(f"--history: item ids go from 1 to {model.n_items} in these data")
 
     history = torch.tensor([history], device=args.device)
     items, _ = model.recommend(history, min(10, model.n_items))

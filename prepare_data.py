@@ -500,7 +500,7 @@ def fetch(url, part) -> None:
                     raise OSError(f"cut off, {response.length:,} bytes are missing")
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 416:  # 416: nothing follows, the file is complete
-            way_out = "run again to go on, or download it in another way and give it with --raw"
+            way_out = "run again, or get the file and: python prepare_data.py NAME --raw FILE"
             raise OSError(f"{url}: {getattr(error, 'reason', None) or error}; {way_out}") from None
 
 

@@ -1056,9 +1056,8 @@ WRONG = {  # the arguments, and what is told
     **dict.fromkeys(["--resume", "--evaluate", "--history 1", "--recommend 1"], "train one first"),
     **{f"--out run --recommend {user}": f"recommend {user}" for user in (0, 2, 22)},
     "--out run --recommend Zoe": "recommend: invalid int value: 'Zoe'",
-    "--out run --history 31": "from 1 to 30",
-    **{f"--out run --history {item}": "--history|history:|from 1" for item in ("", "0", "-4")},
-    f"--out run --history {10**20}": "Overflow",
+    "--out run --history": "--history: expected",
+    **{f"--out run --history {x}": "ids go from 1 to 30" for x in ("31", "0", "0 7", "-4", 10**20)},
     **{f"--out run --resume {given}": "leave it" for given in ("--lr 1", "--rounding r_star")},
     **{f"--out run --evaluate {given}": "leave it" for given in ("--steps 3", "--epochs 2")},
 }

@@ -200,7 +200,7 @@ class TransformerBlock(nn.Module):
     def forward(self, z, mask, last_only=False):
         """z (B, L, d), mask (B, L), False at padding -> (B, L, d), with last_only (B, 1, d)."""
         # Departs: [37] normalises after each residual. Here, as in the authors' code, normalisation
-        # comes before each sublayer, which did no worse in validation.
+        # comes before each sublayer, which was better in validation.
         qkv = self.query_key_value(self.norm(z))  # (B, L, 3 * d)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d/heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)

@@ -15,7 +15,7 @@ names, line i of NAME.items.txt names item i, and line i of NAME.users.txt the u
               in any order; without a header, three columns: user, item, time
   reviews     JSON lines with such keys (Amazon, Yelp, ...), Steam's; MovieLens' :: lines or zip
   sequences   one user a line: the user's number, then the item numbers, oldest first
-  pairs       one action a line: user and item, in the order of time
+  pairs       one action a line: user and item (header: user,item), in the order of time
 """
 
 import argparse
@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import urllib.request
 import zipfile
@@ -52,7 +53,7 @@ BEAUTY_SHA256 = "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b
 TOYS_SHA256 = "176c680c688d497598c4a89a03b402c0fe78d795e5db335c2e78dd5f2d778a3f"
 ML_1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
 
-# Where each dataset is, and its checksum. Of three none is known: reading checks gzip's own.
+# Where each dataset is, and its checksum. Where none is known, reading checks gzip's own.
 DATASETS = {
     "beauty": (f"{ICLREC}/Beauty.txt", BEAUTY_SHA256),
     "toys": (f"{ICLREC}/Toys_and_Games.txt", TOYS_SHA256),
@@ -95,7 +96,7 @@ def make_toy() -> list[np.ndarray]:
     steps = rng.choice(TOY_STRIDE, (TOY_USERS, TOY_LONGEST), p=chances) + 1
     steps[:, 0] = rng.integers(TOY_ITEMS, size=TOY_USERS)  # where the walk starts
     direction = rng.choice((-1, 1), (TOY_USERS, 1))
-    walks = TOY_RING[direction * steps.cumsum(axis=1) % TOY_ITEMS]
+    walks = TOY_RING[direction * steps.cumsum(axis=1) % TOY_ITEMS]  # %: round the ring
 
     lengths = rng.integers(TOY_SHORTEST, TOY_LONGEST + 1, TOY_USERS)
     return [walk[:length] for walk, length in zip(walks, lengths)]
@@ -112,6 +113,7 @@ FOREIGN_FILES = {  # how files begin that are not read here
     b"<": "a web page or XML; download the file itself, or write it as CSV",
     b"[": "a JSON array; write one object a line: jq -c '.[]' FILE > NEW",
 }
+# What reading a damaged file raises; RuntimeError: a zip archive with a password.
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
 
 
@@ -237,7 +239,10 @@ def read_table(lines, head):
     first = next(split_rows(head[:1], separator))
     rows = split_rows(lines, separator)
     if not any(re.match(r'[\s"]*[-+.]?[0-9]', field) for field in first):
-        user, item, time = find_columns(next(rows))
+        names = next(rows)
+        if len(names) == 2:
+            names = [*names, "time: the order of the lines"]
+        user, item, time = find_columns(names)
     elif len(first) == 4 and separator == "::":
         user, item, time = 0, 1, 3  # MovieLens: user::item::rating::time
     elif len(first) in (2, 3):
@@ -253,9 +258,7 @@ def read_table(lines, head):
         inside = [text for field in row if "\n" in field for text in field.split("\n")]
         for parts in (text.split(separator) for text in inside):
             if len(parts) == len(first) and parts[time][:1].isdigit():
-                raise ValueError(
-                    "whole rows in quotation marks that end here; double those of texts"
-                )
+                raise ValueError("a quotation mark is open before these rows; close or double it")
         if len(row) == 2:
             row = [*row, str(lines.number)]  # pairs: the order of the lines is the time
         yield row[user].strip(), row[item].strip(), row[time].strip()
@@ -337,7 +340,7 @@ def first_of_each(*columns) -> np.ndarray:
 
 
 def k_core(users, items, k) -> np.ndarray:
-    """The rows left when users and items with fewer than k of them go until none is left."""
+    """The rows left when users and items with fewer than k rows go, again until all have k."""
     rows = np.arange(len(users))
     while True:
         user, item = users[rows], items[rows]
@@ -363,7 +366,7 @@ def choose_rows(users, items, times, core, once) -> np.ndarray:
     what = "{:,} users and {:,} items outside the {}-core, {:,} rows in all"
     print("  dropped " + what.format(*gone, core, len(before) - len(rows)))
 
-    # A stable sort: where times tie, the file's order stays.
+    # By user, then by time. A stable sort: where times tie, the file's order stays.
     rows = rows[np.lexsort((times[rows], users[rows]))]
     if once:
         first = first_of_each(users[rows], items[rows])
@@ -386,7 +389,7 @@ def prepare_log(path, head, core, once):
         print("  warning: most keep the file's order. Is that column a rating, or rounded times?")
 
     kept_users, lengths = np.unique(users, return_counts=True)
-    kept_items, numbers = np.unique(items, return_inverse=True)  # in the order of the file
+    kept_items, numbers = np.unique(items, return_inverse=True)  # numbers: in the file's order
     ends = np.cumsum(lengths)[:-1]
     item_names = [item_names[item] for item in kept_items]
     user_names = [user_names[user] for user in kept_users]
@@ -409,7 +412,7 @@ def holds_sequences(path, head) -> bool:
         return False
     rows = [list(map(int, line.split())) for line in head]
     widths = {len(row) for row in rows}
-    if widths in ({2}, {3}):
+    if widths in ({2}, {3}):  # pairs, or user, item and time
         return False
     rising = all(row[0] < after[0] for row, after in itertools.pairwise(rows))
     if not rising and widths != {4}:
@@ -436,7 +439,7 @@ def read_sequences(path):
 
 
 def without_numbers(sequences) -> list[list]:
-    """The sequences, each item told by how long the sequences are that have it, not by a number."""
+    """The sequences, each item told by the lengths of the sequences with it, not by a number."""
     lengths = defaultdict(list)
     for sequence in sequences:
         for item in sequence.tolist():
@@ -616,17 +619,9 @@ def run(argv) -> None:
 
 
 def main(argv=None) -> int:
-    """The command: 0, or 2 for bad input, 130 for Ctrl-C, 141 where nobody reads the output."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+    """The command: 0, or 2 for bad input, 130 for Ctrl-C."""
     try:
-        try:
-            run(argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        run(argv)
     except KeyboardInterrupt:
         print("\nstopped; run it again, a download goes on from where it is", file=sys.stderr)
         return 130
@@ -637,4 +632,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     sys.exit(main())

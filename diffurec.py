@@ -8,8 +8,8 @@ Transformer reads the history and, step by step, turns noise into the embedding 
   python diffurec.py --data beauty --recommend 1   ten items for the user in line 1
 
 The file follows the paper, whose sections (§), equations (Eq.), algorithms and tables it names.
-Where it departs from the paper's text, or fills a gap in it, a comment `Departs:` says why; to list
-them, `grep -A2 Departs: diffurec.py`. "The authors' code" is github.com/WHUIR/DiffuRec.
+Where it departs from the paper's text, or fills a gap in it, a comment that begins with "Departs"
+says why. "The authors' code" is github.com/WHUIR/DiffuRec.
 
 Shapes   B users or samples in a batch, L items in a history, d the size of an embedding (d of
          Eq. 13 is a vector; see step_embedding), t diffusion steps.
@@ -847,8 +847,7 @@ def main(argv=None):
     except FloatingPointError as error:
         status, message = 1, str(error)
     except sqlite3.OperationalError as error:
-        message = f"cannot lock the run ({error}); if another program works on it, wait for its end"
-        status = 2
+        status, message = 2, f"cannot lock the run ({error}); if another program has it, wait"
     except (OSError, ValueError) as error:
         status, message = 2, str(error)
     except (MemoryError, RuntimeError) as error:

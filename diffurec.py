@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import torch  # 2.13, whose randn_like takes a generator
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -192,7 +192,7 @@ class TransformerBlock(nn.Module):
         expand = nn.Linear(d, 4 * d)
         contract = nn.Linear(4 * d, d)
         self.feed_forward = nn.Sequential(nn.LayerNorm(d), expand, nn.ReLU(), contract)
-        self.dropout = FastDropout(config.dropout)  # a faster nn.Dropout, defined below
+        self.dropout = nn.Dropout(config.dropout)
         matrices = (self.output.weight, expand.weight, contract.weight)
         for matrix in (*self.query_key_value.weight.chunk(3), *matrices):
             nn.init.xavier_normal_(matrix)  # §5.3; Q, K and V each on its own
@@ -264,13 +264,14 @@ class DiffuRec(nn.Module):
         self.config = config
         self.item_embeddings = nn.Embedding(n_items + 1, config.hidden, padding_idx=0)
         nn.init.normal_(self.item_embeddings.weight[1:], std=config.embedding_std)
-        self.embedding_dropout = FastDropout(config.embedding_dropout)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.embedding_norm = nn.LayerNorm(config.hidden)
         self.diffusion = Diffusion(config.schedule, config.steps)
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
         # Which devices have units for bfloat16, for precision "auto".
-        cpu = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        cuda = torch.cuda.is_bf16_supported(including_emulation=False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
+        cpu = capabilities.get("avx512_bf16", False)
+        cuda = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         self.fast_bfloat16 = {"cpu": cpu, "cuda": cuda}
 
     def autocast(self, device_type):
@@ -291,7 +292,7 @@ class DiffuRec(nn.Module):
         # code it is δ: --delta-is std.
         delta = self.config.delta
         std = math.sqrt(delta) if self.config.delta_is == "variance" else delta
-        lambda_ = delta + std * torch.randn_like(e, generator=generator)  # (B, L, d)
+        lambda_ = delta + std * torch.empty_like(e).normal_(generator=generator)  # (B, L, d)
         step = step_embedding(s, e.shape[-1]).to(e.dtype)
 
         z = e + lambda_ * (x_s + step)[:, None, :]  # Eq. 13, where step is called d
@@ -315,13 +316,13 @@ class DiffuRec(nn.Module):
         with self.autocast(history.device.type):
             e = self.embed(history)
             mask = history != 0
-            x_s = torch.randn_like(e[:, 0], generator=generator)  # pure noise, the paper's x_t
+            x_s = torch.empty_like(e[:, 0]).normal_(generator=generator)  # pure noise, x_t
             for index in reversed(range(self.config.steps)):
                 s = torch.full((len(history),), index, device=history.device)
                 x_hat = self.approximate(e, mask, x_s, s, generator)  # Eq. 10 and 16
                 mean, variance = self.diffusion.q_posterior(x_hat, x_s, s)
                 # Departs: Eq. 17 has β̃ where we have √β̃. By Eq. 4 β̃ is the noise's variance.
-                noise = torch.randn_like(x_s, generator=generator)
+                noise = torch.empty_like(x_s).normal_(generator=generator)
                 x_s = mean + variance.sqrt() * noise  # Eq. 10 and 17
         self.train(training)
         return x_s  # x_0: at index 0 the mean is x_hat and the variance 0
@@ -355,19 +356,6 @@ class DiffuRec(nn.Module):
         x_0 = self.reverse(history[:, -self.config.max_len :], generator)
         scores, index = self.scores(x_0).topk(k)
         return index + 1, scores
-
-
-class FastDropout(nn.Dropout):
-    """nn.Dropout, but faster on a CPU without torch.compile: 64 random bits for 4 elements."""
-
-    def forward(self, x):
-        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-        bits.random_(-(2**63), None)  # any int64
-        uniform = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
-        kept = uniform >= round(self.p * 2**16) - 2**15  # with probability 1 - p
-        return x * kept.to(x.dtype) / (1 - self.p)
 
 
 # ---- 6. Data (§5.1) -----------------------------------------------------------------------------
@@ -496,7 +484,7 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     data: the rank of the target in the first ranking and in the second.
     """
     device = model.item_embeddings.weight.device
-    batch_size = batch_size or (4096 if device.type == "cuda" else 512)
+    batch_size = batch_size or model.config.batch_size
     generator = torch.Generator(device).manual_seed(model.config.seed)
     rank = torch.empty(sequences.n_users, 2, dtype=torch.int64, device=device)
 

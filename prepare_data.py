@@ -1,43 +1,40 @@
 """Prepare data for diffurec.py: four public datasets, a toy one, or a log of your own.
 
-  python prepare_data.py beauty                       # exactly the data of the paper's Table 2
-  python prepare_data.py ml-1m --raw ~/Downloads/ml-1m.zip
-  python prepare_data.py shop --raw log.csv --core 5  # your own log, under a name of your choice
+  python prepare_data.py beauty                    # exactly the data of the paper's Table 2
+  python prepare_data.py ml-1m --raw ml-1m.zip     # a file that you have already
+  python prepare_data.py shop --raw log.csv --core 5     # your own log, under any name
 
-The names are beauty and toys (the sequences that the authors used, as published; with --reviews
-made anew from Amazon's reviews of 2014), ml-1m, steam, toy, or any other for data of your own.
+It writes DATA_DIR/NAME.txt: one user a line, that user's item ids, oldest first. Line i of
+NAME.items.txt names item i, and line i of NAME.users.txt the user of line i.
 
-It writes DATA_DIR/NAME.txt: one user a line, that user's item ids, oldest first. Where there are
-names, line i of NAME.items.txt names item i, and line i of NAME.users.txt the user of line i.
-
---raw takes any of these, whatever it is called, gzip or not; times are numbers or ISO 8601:
-  table       CSV, TSV or .inter in UTF-8 with a header such as user,item,timestamp, more columns
-              in any order; without a header, three columns: user, item, time
-  reviews     JSON lines with such keys (Amazon, Yelp, ...), Steam's; MovieLens' :: lines or zip
-  sequences   one user a line: the user's number, then the item numbers, oldest first
-  pairs       one action a line: user and item (header: user,item), in the order of time
+--raw takes any of these, gzip or not; times are numbers or ISO 8601:
+  table      CSV, TSV or .inter in UTF-8 with a header such as user,item,timestamp, more
+             columns in any order; or user, item, time; or pairs, in the order of time
+  reviews    JSON lines with such keys (Amazon, Yelp), Steam's; MovieLens' :: lines or zip
+  sequences  one user a line, items oldest first, with spaces. A first number that rises from
+             line to line is the user's. Or a header says it: items, or user items
 """
 
 import argparse
 import ast
-import contextlib
 import csv
 import difflib
+import functools
 import gzip
 import hashlib
-import http.client
 import itertools
 import json
 import os
 import re
-import signal
+import shlex
 import sys
+import tempfile
 import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections import defaultdict
-from datetime import datetime
+from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +43,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("prepare_data.py needs Python 3.11 or newer, this is " + sys.version.split()[0])
 
 # ------------------------------------------------------------------------------------ the datasets
-
 ICLREC = "https://raw.githubusercontent.com/salesforce/ICLRec/master/data"
-AMAZON = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 BEAUTY_SHA256 = "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8"
 TOYS_SHA256 = "176c680c688d497598c4a89a03b402c0fe78d795e5db335c2e78dd5f2d778a3f"
 ML_1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
@@ -59,10 +54,6 @@ DATASETS = {
     "toys": (f"{ICLREC}/Toys_and_Games.txt", TOYS_SHA256),
     "ml-1m": ("https://files.grouplens.org/datasets/movielens/ml-1m.zip", ML_1M_MD5),
     "steam": ("http://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz", None),
-}
-REVIEWS = {
-    "beauty": (f"{AMAZON}/reviews_Beauty_5.json.gz", None),
-    "toys": (f"{AMAZON}/reviews_Toys_and_Games_5.json.gz", None),
 }
 # The paper's Table 1: sequences, items and actions after preprocessing.
 TABLE_1 = {
@@ -102,235 +93,261 @@ def make_toy() -> list[np.ndarray]:
     return [walk[:length] for walk, length in zip(walks, lengths)]
 
 
-# ------------------------------------------------------------------------------------ the raw files
-
+# ------------------------------------------------------------------------------------ the raw file
+# What messages say to type; RawFile.explain puts the path for FILE, which may be gzipped.
+SEQUENCES = """if a line is all items of a user: (printf 'items\\n'; gzip -cdf FILE | \
+tr '],[{}:;|"' '\\n ') > NEW ('user items' if it begins with the user; remove another header)"""
+PADDING = "{0} is nearly always padding, remove it; if {0} is an item, give it another number"
+TO_LINES = """python -c "import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]\""""
 FOREIGN_FILES = {  # how files begin that are not read here
-    b"BZh": "a bzip2 archive; unpack it: bunzip2 FILE",
-    b"\xfd7zXZ": "an xz archive; unpack it: unxz FILE",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it: unzstd FILE",
-    b"PAR1": "a Parquet table; write it as CSV: pandas.read_parquet(FILE).to_csv(NEW)",
-    b"\x80": "a Python pickle, which can run code; write the sequences in it as text, user first",
-    b"<": "a web page or XML; download the file itself, or write it as CSV",
-    b"[": "a JSON array; write one object a line: jq -c '.[]' FILE > NEW",
+    rb"\xff\xfe|\xfe\xff": "UTF-16; rewrite it: gzip -cdf FILE | iconv -f UTF-16 -t UTF-8 > NEW",
+    rb"BZh|\xfd|\(\xb5|\x1f\x8b|PK|[^\n]*\0|PAR1|[\x80-\xbf]": "no text; unpack it or write a CSV",
+    rb"[^\r\n]*\r[^\n]": r"old line ends; rewrite it: gzip -cdf FILE | tr '\r' '\n' > NEW",
+    rb"<": "a web page or XML; remove it, and get the file itself",
+    rb"\[\s*\{": f"a JSON array; write an object a line: gzip -cdf FILE | {TO_LINES} > NEW",
+    rb"\[": f"lists; {SEQUENCES}",
 }
 # What reading a damaged file raises; RuntimeError: a zip archive with a password.
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
 
 
-def open_raw(path, member="ratings.dat"):
-    """Open a raw file, a gzip file or a member of MovieLens' zip. ValueError for other kinds."""
-    with open(path, "rb") as file:
-        beginning = file.read(64).lstrip(b"\xef\xbb\xbf \r\n")
-    for magic, what in FOREIGN_FILES.items():
-        if beginning.startswith(magic):
-            raise ValueError(what)
-    if beginning.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    if not beginning.startswith(b"PK\x03\x04"):
-        return open(path, "rb")
-
-    archive = zipfile.ZipFile(path)
-    for name in archive.namelist():
-        if name.rpartition("/")[2] == member:
-            return archive.open(name)
-    raise ValueError(f"a zip archive without {member}; unpack it, or save it as CSV")
-
-
-class RawLines:
-    """The lines of a raw file as text; `number` is that of the line read last."""
+class RawFile:
+    """The lines of a file that are not empty; `number` is that of the line read last."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = Path(path)
         self.number = 0
+        self.columns = ["user", "item", "time"]  # or what the file calls them
+        self.users_first = None  # of sequences: whether each line begins with its user
+        self.titles = {}
+
+    def open(self, member="ratings.dat"):
+        """The bytes of the file, unpacked, or of a member of MovieLens' zip archive."""
+        with open(self.path, "rb") as file:
+            magic = file.read(4)
+        if magic.startswith(b"\x1f\x8b"):
+            return gzip.open(self.path)
+        if magic != b"PK\x03\x04":
+            return open(self.path, "rb")
+        archive = zipfile.ZipFile(self.path)
+        for name in archive.namelist():
+            if name.rpartition("/")[2] == member:
+                return archive.open(name)
+        raise ValueError(f"a zip archive without {member}; unpack it, give the file inside")
 
     def __iter__(self):
-        with open_raw(self.path) as file:
+        with self.open() as file:
             for self.number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+                text = line.decode().removeprefix("\ufeff")
+                if text.strip():
+                    yield text
 
-    @contextlib.contextmanager
-    def located(self):
-        """Put the file and the line read last before the messages of errors inside `with`."""
-        try:
-            yield
-        except (ValueError, csv.Error, *DAMAGED) as error:
-            if isinstance(error, DAMAGED):
-                error = f"damaged or cut off ({error}); remove it and get it again"
-            elif isinstance(error, UnicodeDecodeError):
-                error = "not UTF-8 text; save it as UTF-8"
-            place = f"{self.path}:{self.number}" if self.number else self.path
-            raise ValueError(f"{place}: {error}") from None
-
-
-def first_lines(path) -> list[str]:
-    """The first lines that are not empty. ValueError if the file is of a kind not read here."""
-    lines = RawLines(path)
-    with lines.located():
-        head = [line for line in itertools.islice(lines, 200) if line.strip()]
-        if not head:
-            raise ValueError("the file is empty")
-        if "\0" in head[0]:
-            raise ValueError("not text; if it is an archive, unpack it and give the file inside")
-    return head
+    def explain(self, error) -> str:
+        """What is wrong, in which file and in the line read last, and what to type."""
+        message = str(error)
+        if isinstance(error, DAMAGED):
+            message = f"damaged or cut off ({error}); remove it and get it again"
+        elif isinstance(error, UnicodeDecodeError):
+            message = "not UTF-8; rewrite it: gzip -cdf FILE | iconv -f LATIN1 -t UTF-8 > NEW"
+        elif isinstance(error, csv.Error):
+            message = "a quotation mark, here or above, is not closed or doubled; mend it"
+        place = f"{self.path}:{self.number}" if self.number else self.path
+        return f"{place}: {message.replace('FILE', shlex.quote(str(self.path)))}"
 
 
-# What a header or a JSON key may call the columns, in lower case and without "_", "-", "." and
-# spaces. The names after a "|" count only where none before it is found: a session stands for the
-# user if there is none, and Amazon's asin of 2023 is one variant of the product, parent_asin.
+# What a header or a JSON key may call the columns, in any case and without "_".
 COLUMN_NAMES = {
-    "user": "user userid uid username reviewer reviewerid customer customerid client clientid "
-    "visitor visitorid member memberid account accountid author authorid | session sessionid",
-    "item": "parentasin | item itemid iid asin product productid sku stockcode article articleid "
-    "movie movieid video videoid book bookid isbn game gameid appid business businessid gmapid "
-    "venue venueid poi poiid location locationid recipe recipeid track trackid song songid newsid",
-    "timestamp": "timestamp time date datetime ts unixtime unixtimestamp unixreviewtime eventtime "
-    "eventdate tdat createdat dateadded ratedat reviewdate purchasedate orderdate utctime",
+    "user": "user userid reviewerid username visitorid",
+    "item": "item itemid asin parentasin movieid businessid productid videoid",
+    "timestamp": "timestamp time datetime date timems unixreviewtime",
 }
+BETTER = {"asin": "parentasin", "date": "timems"}  # in Amazon's files of 2023 and in KuaiRand's
+SEQUENCE_NAMES = {"items", "item_ids", "item_id_list:token_seq", "sequence", "history"}
 MISSING = {"", "\\N", "NULL", "null", "NaN", "nan", "NA", "None", "none"}
+A_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+A_LIST = re.compile(r"\[.*,.*\]|[0-9]+([\s,;|]+[0-9]+)+")
 
 
-def find_columns(names) -> list[int]:
-    """Where a header has the user, the item and the time; ValueError if one lacks or is doubled."""
-    plain = [re.sub("[ _.-]", "", name.partition(":")[0].strip(' "')).lower() for name in names]
+def find_columns(raw, names) -> list[int]:
+    """Where user, item and, but in pairs, time are; ValueError if that is not clear."""
+    plain = [re.sub(r":.*|[\W_]", "", name).lower() for name in names]  # RecBole's have a :type
     columns = []
-    for role, known in COLUMN_NAMES.items():
-        for group in known.split("|"):
-            places = [i for i, name in enumerate(plain) if name in group.split()]
-            if places:
-                break
+    for role in list(COLUMN_NAMES)[: max(2, len(names))]:
+        known = [name for name in COLUMN_NAMES[role].split() if BETTER.get(name) not in plain]
+        places = [place for place, name in enumerate(plain) if name in known]
         if len(places) != 1:
-            what = f"{len(places) or 'no'} columns for the {role} among {', '.join(names)[:300]}"
-            raise ValueError(f"{what}; name one each, as in the header user,item,timestamp")
+            what = f"{len(places) or 'no'} columns for the {role} in {', '.join(names)[:200]}"
+            raise ValueError(f"{what}; call the right one {role}, no other {', '.join(known)}")
         columns.append(places[0])
-    print(f"  columns: {', '.join(names[place].strip() for place in columns)}")
+
+    raw.columns = [names[place].strip() for place in columns]
+    print(f"  columns: {', '.join(raw.columns)}")
     return columns
 
 
-def parse_time(text) -> tuple[str, float]:
-    """The kind of a time, and a number that sorts as it does. ValueError if it is no time."""
-    try:
-        number = float(text)
-    except ValueError:
-        moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
-        if moment.tzinfo:
-            return "a date with a time zone", moment.timestamp()
-        return "a date without a time zone", (moment - datetime(1970, 1, 1)).total_seconds()
-    if not abs(number) < float("inf"):
-        raise ValueError(f"{text} is not finite")
-    return "a number", number
-
-
-# The two readers yield (user, item, time); what a row lacks is one of MISSING.
-
-
-def split_rows(lines, separator):
-    """Yield the fields of each line. Only CSV has quotation marks; in a TSV they are text."""
+def read_table(raw, head):
+    """Yield the rows of a table; ValueError if its columns are unclear or not as many."""
+    separator = next(iter(re.findall("::|[\t,;|]", head[0])), None)  # None: spaces
     if separator in (",", ";", "|"):
-        csv.field_size_limit(1 << 30)
-        yield from filter(None, csv.reader(lines, delimiter=separator, strict=True))
-    else:
-        for line in filter(str.strip, lines):
-            yield line.rstrip("\r\n").split(separator)
-
-
-def read_table(lines, head):
-    """Yield the rows of a table. ValueError for unclear columns and for a row of another width."""
-    separator = next((each for each in ("\t", ",", ";", "|", "::") if each in head[0]), None)
-    first = next(split_rows(head[:1], separator))
-    rows = split_rows(lines, separator)
+        rows = csv.reader(raw, delimiter=separator, strict=True)
+    else:  # in these, quotation marks are text
+        rows = (line.rstrip("\r\n").split(separator) for line in raw)
+    first = next(rows)
+    width = len(first)
     if not any(re.match(r'[\s"]*[-+.]?[0-9]', field) for field in first):
-        names = next(rows)
-        if len(names) == 2:
-            names = [*names, "time: the order of the lines"]
-        user, item, time = find_columns(names)
-    elif len(first) == 4 and separator == "::":
-        user, item, time = 0, 1, 3  # MovieLens: user::item::rating::time
-    elif len(first) in (2, 3):
-        user, item, time = 0, 1, 2
-        print(f"  columns: user, item, {'time' if len(first) == 3 else 'in the order of time'}")
+        columns = find_columns(raw, first)
+    elif width in (2, 3) or (width == 4 and separator == "::"):
+        columns = [0, 1, width - 1][:width]
+        rows = itertools.chain([first], rows)
+        if width == 4:  # MovieLens: user::item::rating::time
+            raw.titles = movie_titles(raw)
     else:
-        what = f"{len(first)} columns and no header; put one first, with the same separators"
-        raise ValueError(f"{what} (MovieLens' and Amazon's ratings: user,item,rating,timestamp)")
+        padded = any(re.match(r"0\s|.*\s0\s*$", line) for line in head)
+        sequences = PADDING.format("0") if padded else SEQUENCES
+        header = (separator or " ").join(["user", "item", *["x"] * (width - 3), "timestamp\n"])
+        action = f"if a line is one action: (printf {header!r}; gzip -cdf FILE) > NEW"
+        raise ValueError(f"{width} columns and no header; {action}; {sequences}")
 
     for row in rows:
-        if len(row) != len(first):
-            raise ValueError(f"{len(row)} columns, but {len(first)} in line 1; mend or remove it")
-        inside = [text for field in row if "\n" in field for text in field.split("\n")]
-        for parts in (text.split(separator) for text in inside):
-            if len(parts) == len(first) and parts[time][:1].isdigit():
-                raise ValueError("a quotation mark is open before these rows; close or double it")
-        if len(row) == 2:
-            row = [*row, str(lines.number)]  # pairs: the order of the lines is the time
-        yield row[user].strip(), row[item].strip(), row[time].strip()
+        if len(row) != width:
+            raise ValueError(f"{len(row)} columns, but {width} in line 1; mend it, or {SEQUENCES}")
+        fields = [row[column].strip() for column in columns]
+        yield fields if len(fields) == 3 else [*fields, str(raw.number)]  # pairs are in order
 
 
-# A Steam review is a Python literal, {u'username': u'...', 'hours': 1.5, ...}. A text is taken as a
-# whole, so nothing inside it passes for a field. Other lines go to literal_eval, which is slow.
-STEAM_KEYS = ("username", "product_id", "date")
+# A Steam review is a Python literal: {u'username': u'...', 'hours': 1.5, ...}. A text is
+# taken whole, so that nothing in it passes for a field. literal_eval reads the odd ones.
+STEAM_KEYS = ["username", "product_id", "date"]
 STRING = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
-STEAM_FIELD = re.compile(rf"u?'(\w+)': ({STRING}|[\w.-]+)(?:, |\}}\s*$)")
+STEAM_FIELD = re.compile(rf"u?'(\w+)': ({STRING}|[\w.-]+)(?:, |\}}$)")
+NO_ESCAPES = re.compile(r"""u?(['"])([^\\]*)\1""")
 
 
 def parse_steam(line) -> dict:
-    """A Steam review, or its fields of STEAM_KEYS alone; nothing in it is ever run."""
+    """A review's fields of STEAM_KEYS, or another literal whole; nothing is ever run."""
     fields = list(STEAM_FIELD.finditer(line))
-    if line[0] + "".join(field[0] for field in fields) != line or line[0] != "{":
-        return ast.literal_eval(line.strip())
     texts = {field[1]: field[2] for field in fields}
-    return {key: ast.literal_eval(texts[key]) for key in STEAM_KEYS if key in texts}
+    found = [NO_ESCAPES.fullmatch(texts.get(key, "")) for key in STEAM_KEYS]
+    if None in found or "{" + "".join(field[0] for field in fields) != line:
+        return ast.literal_eval(line)
+    return {key: text[2] for key, text in zip(STEAM_KEYS, found)}
 
 
-def read_objects(lines, head):
-    """Yield the rows of a file with a JSON object, or a Python literal as Steam's, on each line."""
-    is_json = re.match(r'\s*\{\s*"', head[0])
-    keys = None if is_json else STEAM_KEYS
-    for line in filter(str.strip, lines):
+def read_objects(raw, head):
+    """Yield the rows of a file with a JSON object, or a Python literal, on each line."""
+    parse = json.loads if re.match(r'\s*\{\s*"', head[0]) else parse_steam
+    keys = None
+    for line in raw:
         try:
-            review = dict(json.loads(line) if is_json else parse_steam(line))
+            review = dict(parse(line.strip()))
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            raise ValueError("neither a JSON object nor a review of Steam's") from None
+            raise ValueError("neither a JSON object nor a Python literal; mend it") from None
         if keys is None:
-            keys = [list(review)[place] for place in find_columns(list(review))]
+            keys = [list(review)[place] for place in find_columns(raw, list(review))]
+        if list in [type(review.get(key)) for key in keys]:
+            raise ValueError("a list; write an object for each thing in it")
         yield [str(review.get(key)) for key in keys]  # "None", which is MISSING, for no value
 
 
-def read_log(path, head):
-    """The users, items and times of all rows as numbers, and the users' and items' names.
-
-    Rows that lack one of the three are left out. ValueError if they are more than one in a hundred.
-    """
-    lines = RawLines(path)
-    rows = (read_objects if head[0].lstrip().startswith("{") else read_table)(lines, head)
-    user_numbers, item_numbers, kinds = {}, {}, set()
-    users, items, times = array("i"), array("i"), array("d")  # so that Steam fits in memory
-    unusable = []
-
-    with lines.located():
-        for user, item, when in rows:
-            if user in MISSING or item in MISSING or when in MISSING:
-                unusable.append(lines.number)
-                continue
-            try:
-                kind, value = parse_time(when)
-            except ValueError:
-                raise ValueError(f"{when[:40]!r} is no number, no date like 2020-02-28") from None
-            kinds.add(kind)
-            if len(kinds) > 1:
-                raise ValueError(f"the time {when} is {kind}, those before it are not")
-            users.append(user_numbers.setdefault(user, len(user_numbers)))
-            items.append(item_numbers.setdefault(item, len(item_numbers)))
-            times.append(value)
-
-    n_rows = len(times) + len(unusable)
-    if len(unusable) > n_rows / 100:
-        what = f"{len(unusable):,} of {n_rows:,} rows lack a user, an item or a time"
-        raise ValueError(f"{path}:{unusable[0]}: {what}; remove those rows if that is right")
-    dropped = f"dropped {len(unusable):,} without a user, an item or a time"
-    print(f"{path}: read {n_rows:,} rows in {lines.number:,} lines; {dropped}")
-    numbers = [np.array(column) for column in (users, items, times)]
-    return *numbers, list(user_numbers), list(item_numbers)
+def read_sequences(raw, header):
+    """Yield a row for each item of each line; the order of all is their time."""
+    print(f"  sequences: a line begins with {'the user' if raw.users_first else 'an item'}")
+    lines = itertools.islice(raw, 1 if header else 0, None)
+    when = 0
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        user = words.pop(0) if raw.users_first else str(number)
+        for word in words:
+            if word in MISSING or re.fullmatch(r"-.*|0+\.?0*", word):
+                raise ValueError(PADDING.format(word))
+            if not header and not word.isdecimal():
+                raise ValueError(f"{word[:40]!r} is no item's number; mend it")
+            when += 1
+            yield [user, word, str(when)]
 
 
+def read_rows(raw):
+    """The rows of a raw file, read in the way that its first lines ask for."""
+    with raw.open() as file:
+        beginning = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")
+    for pattern, what in FOREIGN_FILES.items():
+        if re.match(pattern, beginning):
+            raise ValueError(what)
+    head = [*itertools.islice(raw, 200)]
+    raw.number = 0
+    if not head:
+        raise ValueError("the file is empty; give another")
+
+    words = [line.split() for line in head]
+    if words[0][0].startswith("{"):
+        return read_objects(raw, head)
+    if len(words[0]) <= 2 and words[0][-1] in SEQUENCE_NAMES:
+        raw.users_first = len(words[0]) == 2
+        return read_sequences(raw, header=True)
+    if all(re.fullmatch("-?[0-9]+", word) for each in words for word in each):
+        rising = all(int(a[0]) < int(b[0]) for a, b in itertools.pairwise(words))
+        # Lines of one length are actions, unless their first numbers rise and the others
+        # are of one size in all columns, as no ratings and times are.
+        tops = [max(map(int, column)) for column in zip(*words)][1:]
+        alike = rising and len(tops) > 2 and 2 * min(tops) > max(tops)
+        if len({len(each) for each in words}) > 1 or not tops or alike:
+            raw.users_first = rising
+            return read_sequences(raw, header=False)
+    return read_table(raw, head)
+
+
+@functools.lru_cache(100_000)  # Steam has 7.8 million times, of 2,600 days
+def parse_time(text) -> tuple[str, float]:
+    """The kind of a time, a number that sorts as it does; ValueError if it is no time."""
+    if A_NUMBER.fullmatch(text):
+        number = float(text)
+        for unit, year_1973 in (("nano", 1e17), ("micro", 1e14), ("milli", 1e11)):
+            if number >= year_1973:
+                return f"in {unit}seconds", number
+        return "in seconds, or a count", number
+    try:
+        moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
+    except ValueError:
+        raise ValueError(f"write {text[:40]!r} as a number or as 2020-02-28T23:59:59") from None
+    kind = "a date with a time zone" if moment.tzinfo else "a date without a time zone"
+    return kind, moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+
+
+def read_log(raw):
+    """The users, items and times of all rows as numbers; the users' and items' names."""
+    user_numbers = {}
+    item_numbers = {}
+    columns = [array("i"), array("i"), array("d")]  # so that Steam fits in memory
+    kinds = set()
+    lacking = Counter()
+    n_rows = 0
+    for n_rows, row in enumerate(read_rows(raw), 1):
+        if not MISSING.isdisjoint(row):
+            lacking.update(name for name, text in zip(raw.columns, row) if text in MISSING)
+            continue
+        user, item, when = row
+        if not kinds and (A_LIST.fullmatch(user) or A_LIST.fullmatch(item)):
+            raise ValueError(f"a list where an item belongs; {SEQUENCES}")
+        kind, value = parse_time(when)
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise ValueError(f"the time {when} is {kind}, not so those before; use one unit")
+        columns[0].append(user_numbers.setdefault(user, len(user_numbers)))
+        columns[1].append(item_numbers.setdefault(item, len(item_numbers)))
+        columns[2].append(value)
+
+    raw.number = 0  # what follows is not about one line
+    n_lacking = n_rows - len(columns[0])
+    print(f"{raw.path}: read {n_rows:,} rows; left out {n_lacking:,} without user, item or time")
+    if 100 * n_lacking > n_rows:
+        name = max(lacking, key=lacking.get)
+        count = lacking[name]
+        way_out = "remove those rows" if 2 * count < n_rows else "drop it, and call another so"
+        raise ValueError(f"the column {name} is empty in {count:,} of {n_rows:,} rows; {way_out}")
+    return *map(np.array, columns), list(user_numbers), list(item_numbers)
+
+
+# ---------------------------------------------------------------------------- the users' sequences
 def first_of_each(*columns) -> np.ndarray:
     """The rows that repeat no earlier row, in their order."""
     order = np.lexsort(columns)  # stable: of equal rows, the first comes first
@@ -340,300 +357,184 @@ def first_of_each(*columns) -> np.ndarray:
 
 
 def k_core(users, items, k) -> np.ndarray:
-    """The rows left when users and items with fewer than k rows go, again until all have k."""
+    """The rows left when users and items with fewer than k go, again until all have k."""
     rows = np.arange(len(users))
     while True:
-        user, item = users[rows], items[rows]
-        kept = (np.bincount(user)[user] >= k) & (np.bincount(item)[item] >= k)
+        of_user = np.bincount(users[rows])[users[rows]]
+        of_item = np.bincount(items[rows])[items[rows]]
+        kept = (of_user >= k) & (of_item >= k)
         if kept.all():
             return rows
         rows = rows[kept]
 
 
 def choose_rows(users, items, times, core, once) -> np.ndarray:
-    """The rows that stay, user by user and oldest first; says what is dropped.
-
-    once: of a user's actions with an item, keep the first, after the core (Steam's counts need it).
-    """
+    """The rows that stay, by user, oldest first; once: a user has an item only once."""
     rows = np.arange(len(times))
     if not once:
         rows = first_of_each(users, items, times)
         print(f"  dropped {len(times) - len(rows):,} exact repeats (same user, item and time)")
-
-    before = rows
     rows = rows[k_core(users[rows], items[rows], core)]
-    gone = [len(np.unique(x[before])) - len(np.unique(x[rows])) for x in (users, items)]
-    what = "{:,} users and {:,} items outside the {}-core, {:,} rows in all"
-    print("  dropped " + what.format(*gone, core, len(before) - len(rows)))
+    print(f"  kept {len(rows):,} rows in the {core}-core")
 
     # By user, then by time. A stable sort: where times tie, the file's order stays.
     rows = rows[np.lexsort((times[rows], users[rows]))]
-    if once:
+    if once:  # after the core, as Table 1's count of Steam's actions needs it
         first = first_of_each(users[rows], items[rows])
         print(f"  dropped {len(rows) - len(first):,} of {len(rows):,} rows: repeated (user, item)")
         rows = rows[first]
+
+    same_user = np.diff(users[rows]) == 0
+    ties = np.count_nonzero(same_user & (np.diff(times[rows]) == 0))
+    print(f"  {ties:,} of {same_user.sum():,} neighbouring actions of a user have the same time")
     return rows
 
 
-def prepare_log(path, head, core, once):
-    """The users' sequences and their times, and the items' and users' names."""
-    users, items, times, user_names, item_names = read_log(path, head)
-    rows = choose_rows(users, items, times, core, once)
-    users, items, times = users[rows], items[rows], times[rows]
-
-    neighbours = users[1:] == users[:-1]
-    ties = np.count_nonzero(neighbours & (times[1:] == times[:-1]))
-    pairs = np.count_nonzero(neighbours)
-    print(f"  {ties:,} of {pairs:,} neighbouring actions of a user have the same time")
-    if ties > pairs / 2:
-        print("  warning: most keep the file's order. Is that column a rating, or rounded times?")
-
-    kept_users, lengths = np.unique(users, return_counts=True)
-    kept_items, numbers = np.unique(items, return_inverse=True)  # numbers: in the file's order
-    ends = np.cumsum(lengths)[:-1]
-    item_names = [item_names[item] for item in kept_items]
+def make_sequences(raw, name, core):
+    """The users' sequences; the items' and users' names, None where just 1, 2, ..."""
+    users, items, times, user_names, item_names = read_log(raw)
+    if core is None:
+        core = 5 if name in DATASETS and raw.users_first is None else 1  # §5.1
+    rows = choose_rows(users, items, times, core, once=name == "steam")
+    kept_users, lengths = np.unique(users[rows], return_counts=True)
+    kept_items, numbers = np.unique(items[rows], return_inverse=True)  # in the file's order
+    if max(lengths, default=0) < MIN_LENGTH:
+        raise ValueError(f"no user with {MIN_LENGTH} actions or more is left; give a longer log")
     user_names = [user_names[user] for user in kept_users]
-    return np.split(numbers + 1, ends), np.split(times, ends), item_names, user_names
+    item_names = [item_names[item] for item in kept_items]
+
+    ids = np.arange(1, len(item_names) + 1)
+    if raw.users_first and set(item_names) == set(map(str, ids)):
+        ids = np.array(item_names, int)  # as published
+    ends = np.cumsum(lengths)
+    first = ids[numbers[ends - lengths]][lengths >= MIN_LENGTH]
+    if len(lengths) >= 10 and (np.diff(first) > 0).all():
+        # diffurec.py would take these for users' numbers. Numbered backwards, they fall.
+        ids = np.arange(len(ids), 0, -1)
+
+    item_names = [raw.titles.get(item_names[item], item_names[item]) for item in np.argsort(ids)]
+    if raw.users_first and item_names == [str(n) for n in range(1, len(item_names) + 1)]:
+        item_names = None
+    if raw.users_first is not None and user_names == [str(n + 1) for n in range(len(lengths))]:
+        user_names = None
+    return np.split(ids[numbers], ends[:-1]), item_names, user_names
 
 
-def movie_titles(path) -> dict[str, str]:
+def movie_titles(raw) -> dict[str, str]:
     """Movie id -> title, from movies.dat in MovieLens' zip or beside its ratings.dat."""
-    movies = path if zipfile.is_zipfile(path) else path.with_name("movies.dat")
+    movies = raw.path if zipfile.is_zipfile(raw.path) else raw.path.with_name("movies.dat")
     if not movies.exists():
         return {}
-    with open_raw(movies, "movies.dat") as file:
+    with RawFile(movies).open("movies.dat") as file:
         rows = [line.split("::") for line in file.read().decode("latin-1").splitlines()]
     return {row[0]: "::".join(row[1:-1]) for row in rows}
 
 
-def holds_sequences(path, head) -> bool:
-    """Whether each line is one user, whose number comes first and rises, and not one action."""
-    if any(line.strip("0123456789 \t\r\n") for line in head):
-        return False
-    rows = [list(map(int, line.split())) for line in head]
-    widths = {len(row) for row in rows}
-    if widths in ({2}, {3}):  # pairs, or user, item and time
-        return False
-    rising = all(row[0] < after[0] for row, after in itertools.pairwise(rows))
-    if not rising and widths != {4}:
-        what = "the first numbers do not rise; if a line is one user's items, use it as it is:"
-        way_out = "diffurec.py --data FILE; if users are first, sort it; a table needs a header"
-        raise ValueError(f"{path}: {what} {way_out}")
-    return rising
-
-
-def read_sequences(path):
-    """The users' numbers, and the sequences, whose item numbers stay as they are."""
-    lines = RawLines(path)
-    users, sequences = [], []
-    with lines.located():
-        for line in filter(str.strip, lines):
-            user, *items = map(int, line.split())
-            if users and user <= users[-1]:
-                raise ValueError(f"user {user} after user {users[-1]}; sort the file: sort -n FILE")
-            if items and not 1 <= min(items) <= max(items) < 10_000_000:
-                raise ValueError("item numbers go from 1 to 9,999,999 (0 is the padding)")
-            users.append(user)
-            sequences.append(np.array(items, np.int64))
-    return users, sequences
-
-
-def without_numbers(sequences) -> list[list]:
-    """The sequences, each item told by the lengths of the sequences with it, not by a number."""
-    lengths = defaultdict(list)
-    for sequence in sequences:
-        for item in sequence.tolist():
-            lengths[item].append(len(sequence))
-    labels = {item: tuple(sorted(each)) for item, each in lengths.items()}
-    return [[labels[item] for item in sequence.tolist()] for sequence in sequences]
-
-
-def compare(sequences, times, published) -> None:
-    """Say how many users' sequences are among the published ones, whatever the items' numbers."""
-    if not published.exists():
-        return
-    theirs = defaultdict(list)
-    for sequence in without_numbers(read_sequences(published)[1]):
-        theirs[tuple(sorted(sequence))].append(sequence)
-
-    equal = equal_but_ties = 0
-    for sequence, when in zip(without_numbers(sequences), times):
-        others = theirs[tuple(sorted(sequence))]
-        by_time = sorted(zip(when, sequence))
-        equal += sequence in others
-        equal_but_ties += any(sorted(zip(when, other)) == by_time for other in others)
-    what = f"{equal:,} of {len(sequences):,} users' sequences are also in {published}"
-    print(f"{what}, whatever the items' numbers; {equal_but_ties:,} up to the order of ties")
-
-
-# ---------------------------------------------------------------------------- writing, downloading
-
+# -------------------------------------------------------------------------- files and the command
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def write_files(contents) -> None:
-    """Write {path: lines, None to remove it} in this order; each file stays old or new, whole."""
-    aside = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
-    try:
-        for path, lines in contents.items():
-            if lines is not None:
-                text = "".join(UNPRINTABLE.sub(" ", line) + "\n" for line in lines)
-                aside[path].write_bytes(text.encode(errors="replace"))
-        for path, lines in contents.items():
-            if lines is not None:
-                os.replace(aside[path], path)
+def write_files(path, sequences, item_names, user_names) -> None:
+    """Write the sequences to path, the names beside it; each file stays old or is new."""
+    lines = (" ".join(map(str, sequence.tolist())) for sequence in sequences)
+    names = {path.with_suffix(".items.txt"): item_names, path.with_suffix(".users.txt"): user_names}
+    contents = names | {path: lines}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        for target, lines in contents.items():
+            text = "".join(UNPRINTABLE.sub(" ", line) + "\n" for line in lines or ())
+            Path(aside, target.name).write_bytes(text.encode(errors="replace"))
+        for target, lines in contents.items():
+            if lines is None:
+                target.unlink(missing_ok=True)
             else:
-                path.unlink(missing_ok=True)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
-
-
-def fetch(url, part) -> None:
-    """Append to the file `part` what it lacks of url. OSError, with what to do, if that fails."""
-    try:
-        with open(part, "ab") as file:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
-            with urllib.request.urlopen(request, timeout=10) as response:
-                if response.status != 206:
-                    file.truncate(0)  # the server ignores ranges and sends everything
-                while piece := response.read(1 << 16):
-                    file.write(piece)
-                if response.length:
-                    raise OSError(f"cut off, {response.length:,} bytes are missing")
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # 416: nothing follows, the file is complete
-            way_out = "run again, or get the file and: python prepare_data.py NAME --raw FILE"
-            raise OSError(f"{url}: {getattr(error, 'reason', None) or error}; {way_out}") from None
+                os.replace(Path(aside, target.name), target)
 
 
 def download(url, digest, folder) -> Path:
-    """The file at url, fetched into the folder unless it is there. ValueError: a wrong checksum."""
+    """The file at url, fetched into the folder unless it is there and checked."""
     path = folder / url.rpartition("/")[2]
-    if not path.exists():
-        print(f"downloading {url}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        fetch(url, part)
-
+    if path.exists():
+        return path
+    print(f"downloading {url}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        part = Path(aside, path.name)
+        try:
+            urllib.request.urlretrieve(url, part)
+        except OSError as error:
+            way_out = "run again, or get the file and: python prepare_data.py NAME --raw FILE"
+            raise OSError(f"{url}: {getattr(error, 'reason', None) or error}; {way_out}") from None
         algorithm = "md5" if digest == ML_1M_MD5 else "sha256"
         if digest and hashlib.new(algorithm, part.read_bytes()).hexdigest() != digest:
-            part.unlink()
-            raise ValueError(f"{url}: its {algorithm} is wrong, so it was removed; run again")
+            raise ValueError(f"{url}: its {algorithm} is not the one published; run again")
         part.rename(path)
     return path
 
 
-# ------------------------------------------------------------------------------------- the command
-
-
-def check_request(name, raw, core, reviews) -> None:
-    """ValueError, with what to type instead, for what cannot be prepared."""
-    known = (*DATASETS, "toy")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.items)(?<!\.users)", name):
-        raise ValueError(f"{name!r} is no name for a dataset; use letters, digits and . _ -")
-    if raw is None and name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)};"
-        own = f"or prepare data of your own: python prepare_data.py {name} --raw FILE"
-        raise ValueError(f"no dataset {name!r}; {guess} {own}")
-    if core is not None and core < 1:
-        raise ValueError("--core is 1, which keeps everything, or more")
-    if name == "toy" and (raw is not None or core is not None):
-        raise ValueError("the toy data are made here; leave out --raw and --core")
-    if reviews and (name not in REVIEWS or raw is not None):
-        raise ValueError("--reviews goes with beauty or toys, and without --raw")
-
-
-def read_raw(name, raw, core):
-    """Sequences, their times, names of items and users, the last three None if there are none."""
-    head = first_lines(raw)
-    if holds_sequences(raw, head):
-        if core is not None:
-            raise ValueError(f"{raw}: finished sequences, which --core cannot change; leave it out")
-        users, sequences = read_sequences(raw)
-        print(f"{raw}: sequences, the user's number first; nothing dropped, the order kept")
-        numbered = users == list(range(1, len(users) + 1))
-        return sequences, None, None, None if numbered else [str(user) for user in users]
-
-    core = core or (5 if name in DATASETS else 1)  # §5.1
-    sequences, times, item_names, user_names = prepare_log(raw, head, core, name == "steam")
-    if re.match("[0-9]+::", head[0]):
-        titles = movie_titles(raw)
-        item_names = [titles.get(item, item) for item in item_names]
-    return sequences, times, item_names, user_names
-
-
-def prepare(name, data_dir, raw=None, core=None, reviews=False) -> Path:
-    """Write <data_dir>/<name>.txt, and .items.txt and .users.txt where there are names.
+def prepare(name, data_dir, raw=None, core=None) -> Path:
+    """Write <data_dir>/<name>.txt and the names beside it; give its path.
 
     Raises ValueError or OSError, one line that says what to do; the files are then as they were.
     """
-    check_request(name, raw, core, reviews)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.items)(?<!\.users)", name):
+        raise ValueError(f"{name!r}: no such file, and no name (letters, digits and . _ -)")
+    if name == "toy" and (raw is not None or core is not None):
+        raise ValueError("the toy data are made here; leave out --raw and --core")
+    if raw is None and name not in (*DATASETS, "toy"):
+        near = difflib.get_close_matches(name.lower(), (*DATASETS, "toy"), n=1)
+        own = f"for data of your own: python prepare_data.py {name} --raw FILE"
+        raise ValueError(f"no dataset {name!r}; " + (f"did you mean {near[0]}?" if near else own))
+    if raw is not None and not Path(raw).is_file():
+        raise ValueError(f"--raw {raw}: there is no such file")
+
     path = Path(data_dir) / f"{name}.txt"
     if name == "toy":
-        sequences, times = make_toy(), None
+        sequences = make_toy()
         item_names = [f"place {place} of the ring" for place in np.argsort(TOY_RING)]
         user_names = [f"walker {number}" for number in range(1, TOY_USERS + 1)]
     else:
-        if raw is None:
-            raw = download(*(REVIEWS if reviews else DATASETS)[name], path.parent / "raw")
-        sequences, times, item_names, user_names = read_raw(name, Path(raw), core)
-    if max(map(len, sequences), default=0) < MIN_LENGTH:
-        raise ValueError(f"{raw}: no user with {MIN_LENGTH} actions or more is left")
+        raw = RawFile(raw or download(*DATASETS[name], path.parent / "raw"))
+        try:
+            sequences, item_names, user_names = make_sequences(raw, name, core)
+        except (ValueError, csv.Error, *DAMAGED) as error:
+            raise ValueError(raw.explain(error)) from None
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = {path.with_suffix(".items.txt"): item_names, path.with_suffix(".users.txt"): user_names}
-    lines = (" ".join(map(str, sequence.tolist())) for sequence in sequences)
-    write_files(names | {path: lines})
-
+    write_files(path, sequences, item_names, user_names)
     counts = (len(sequences), len(np.unique(np.concatenate(sequences))), sum(map(len, sequences)))
-    for where, numbers in ((path, counts), ("Table 1", TABLE_1.get(name))):
-        if numbers:
-            print("{}: {:,} sequences, {:,} items, {:,} actions".format(where, *numbers))
-    if name in REVIEWS and times is not None:
-        compare(sequences, times, path.parent / "raw" / Path(DATASETS[name][0]).name)
+    print("{}: {:,} sequences, {:,} items, {:,} actions".format(path, *counts))
+    if name in TABLE_1:
+        print("Table 1: {:,} sequences, {:,} items, {:,} actions".format(*TABLE_1[name]))
     return path
 
 
-def run(argv) -> None:
-    """Read the command line and prepare what it names."""
+def main(argv=None) -> int:
+    """The command: 0, or 2 after one line for bad input and for Ctrl-C."""
 
-    def fail(message):
+    def refuse(message):
         raise ValueError(f"{message} (--help tells more)")
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = fail  # one line from main, and not a page of usage
+    parser.error = refuse  # one line, and not a page of usage
     parser.add_argument("names", nargs="+", metavar="NAME", help="which datasets, see above")
     parser.add_argument("--data-dir", default="data", help="where to write (default: data)")
     parser.add_argument("--raw", metavar="FILE", help="read this file instead of downloading one")
     parser.add_argument("--core", metavar="K", type=int, help="K-core (default: 5; own data: 1)")
-    parser.add_argument("--reviews", action="store_true", help="beauty, toys: from raw reviews")
-    args = parser.parse_args(argv)
-
-    if len(args.names) > 1 and args.raw is not None:
-        raise ValueError("--raw is one file for one NAME; give one NAME at a time")
-    for name in args.names:
-        prepare(name, args.data_dir, args.raw, args.core, args.reviews)
-
-
-def main(argv=None) -> int:
-    """The command: 0, or 2 for bad input, 130 for Ctrl-C."""
     try:
-        run(argv)
-    except KeyboardInterrupt:
-        print("\nstopped; run it again, a download goes on from where it is", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
+        args = parser.parse_args(argv)
+        if len(args.names) > 1 and args.raw is not None:
+            raise ValueError("--raw is one file for one NAME; give one NAME at a time")
+        for name in args.names:
+            prepare(name, args.data_dir, args.raw, args.core)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"prepare_data.py: {str(error) or 'stopped; run it again'}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for names that the terminal cannot show
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # for names that the terminal cannot show
+        sys.stderr.reconfigure(errors="replace")
     sys.exit(main())

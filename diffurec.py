@@ -14,8 +14,8 @@ that begins with "Departs" says why. "The authors' code" is github.com/WHUIR/Dif
 Shapes   B samples in a batch, L items in a history, d numbers in an embedding, t steps.
 Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; mask (B, L)
          is True at items, False at padding; target (B,) holds the items that come next.
-Steps    Departs: from 0 everywhere, as in Algorithm 2; so the step embedding too. Index s
-         is step s + 1 of Eq. 1-6, 10, 14, 16, 17, Algorithm 1 and §4.5.
+Steps    count from 0, as in Algorithm 2, in the step embedding too. Departs: index s is
+         step s + 1 of Eq. 1-8, 10, 14, 16, 17, Algorithm 1, §4.2 and §4.5.
 Order    has no effect on the Transformer, but for the last item: it has no positions.
 
 Four vectors (B, d) stand for the target:
@@ -23,7 +23,7 @@ Four vectors (B, d) stand for the target:
   x_start   e_{n+1}; x_0 of Eq. 1-8  the target's embedding, without noise
   x_s       x_s, and x_t             x_start with noise; pure noise as a reversal begins
   x_hat     x̂_0                      what the approximator makes of a history and x_s
-  x_0       x_0 of Alg. 1, Eq. 20    what the reversal ends with; it scores the items
+  x_0       x_0 of Alg. 1, Eq. 11    what the reversal ends with; it scores the items
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Config:
     epochs: int = setting(45, "passes over the training data, at most")
     seed: int = setting(1, "seed of the random numbers; another seed gives another run")
     eval_every: int = setting(5, "epochs from one validation to the next")
-    patience: int = setting(3, "stop after so many validations without a best NDCG@10")
+    patience: int = setting(3, "stop after this many validations without a best NDCG@10")
     batch_size: int = setting(512, "samples in one update of the weights; users in evaluation")
     lr: float = setting(0.001, "learning rate of Adam")
     max_len: int = setting(50, "items of a history that are read, the latest")
@@ -97,7 +97,7 @@ class Config:
 # ---- 2. Noise schedule (§4.3, Eq. 14; the others are §5.5's) ------------------------------------
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise of each step: float64 (t,), within (0, 1)."""
-    if name == "truncated_linear":  # Eq. 14
+    if name == "truncated_linear":  # Eq. 14; the algorithms call it Linear
         # Departs: the paper gives no a or b. With these the last β, 20/t + 0.01/t, is
         # close to that of the authors' code, 20/t + 0.01.
         a, b = 20 / steps, 0.01
@@ -194,8 +194,8 @@ class TransformerBlock(nn.Module):
             z = z[:, -1:]
             query = query[:, :, -1:]
 
-        # Departs: the paper has no padding. Here no position sees any, or a user's result
-        # would depend on the longest history of a batch, as in the authors' code.
+        # Departs: the paper has no padding. Here no position sees any; in the authors'
+        # code each sees all, so that a result depends on how much there is.
         mask = mask[:, None, None, :]  # (B, 1, 1, L): not causal, like the encoder of [37]
         if z.is_cuda:  # softmax(QKᵀ / √d_k) V of [37], d_k = d/heads, in one kernel
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -300,7 +300,7 @@ class DiffuRec(nn.Module):
     @torch.no_grad()
     def reverse(self, history, generator=None):
         """Algorithm 1, lines 9-14: history (B, L) -> x_0 (B, d)."""
-        history = history[:, -self.config.max_len :]  # Departs: §5.1 leaves open which
+        history = history[:, -self.config.max_len :]  # Departs: latest; §5.1 is silent
         training = self.training
         self.eval()  # without dropout, whoever calls
         with self.autocast(history.device.type):
@@ -322,15 +322,15 @@ class DiffuRec(nn.Module):
         items = self.item_embeddings.weight[1:]
         if self.config.rounding == "inner_product":
             return x_0 @ items.T  # Eq. 20
-        # Departs: Eq. 21 subtracts two vectors from a number; here their squared norms,
-        # 1 + 1: the score is minus their squared distance. [9] does not normalise.
+        # Departs: Eq. 21 subtracts two vectors from a number; we subtract their squared
+        # norms, 1 + 1: minus their squared distance. [9] does not normalise.
         return 2 * F.normalize(x_0) @ F.normalize(items).T - 2
 
     @torch.no_grad()
     def recommend(self, history, k):
         """The k best items after each history (B, L), best first: items, scores (B, k).
 
-        Items of a history may be among them. Raises ValueError on other ids or padding.
+        Items of a history may be among them. Raises ValueError on wrong ids or padding.
         """
         real = history > 0
         padded_left = (real[:, :-1] <= real[:, 1:]).all() and real[:, -1].all()
@@ -372,7 +372,7 @@ def load_sequences(path):
         if max(row) > n_items:  # then a smaller id occurs nowhere, and could be recommended
             raise ValueError(f"{path}:{number}: id {max(row)}, but only {n_items} ids; {hint}")
     if len(rows) >= 10 and [row[0] for row in rows] == sorted({row[0] for row in rows}):
-        raise ValueError(f"{path}:1: first numbers only rise, as users' do; {hint}")
+        raise ValueError(f"{path}:1: first numbers rise, like user ids; {hint}")
     lengths = np.array([len(row) for row in rows])
     if len(rows) >= 10 and lengths.min() == lengths.max():
         print(f"warning: all lines have {lengths[0]} numbers, as in a table; {hint}")
@@ -401,7 +401,7 @@ def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
 
 
 def eval_batches(sequences, split, batch_size, device="cpu"):
-    """Yield every user once: (history, target), shortest histories first. reverse() cuts.
+    """Yield every user once: (history, target), shortest first and whole; reverse() cuts.
 
     Of "7 3 9 4 8", "validation" asks for 4 after 7 3 9, and "test" for 8 after 7 3 9 4.
     """
@@ -508,11 +508,11 @@ def train_epoch(model, sequences, optimizer, epoch):
 def train(model, sequences, folder, state):
     """Train up to `epochs`, or until `patience` validations bring no better NDCG@10.
 
-    Saves `state`, begun by run(), after each epoch. Raises FloatingPointError.
+    Saves `state` (its keys: see run) after each epoch. Raises FloatingPointError.
     """
     config = model.config
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)  # fused: faster
-    model.load_state_dict(state["weights"])  # the last epoch's
+    model.load_state_dict(state["weights"])  # the last epoch's, not the best
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = config.lr  # --resume may have changed it
@@ -601,7 +601,7 @@ def parse_arguments(argv):
     one("--resume", action="store_true", help="go on with the run in that folder")
     one("--evaluate", action="store_true", help="score that run on the validation and test splits")
     one("--recommend", metavar="ITEM", type=int, nargs="+", help="ten items to follow these ids")
-    parser.epilog = "A saved run keeps its settings but those given. toy and ml-1m have own ones."
+    parser.epilog = "A saved run keeps its settings, except those given. toy and ml-1m have others."
     for each in fields(Config):
         flag = "--" + each.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, type=each.type, **each.metadata)

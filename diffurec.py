@@ -259,7 +259,7 @@ class DiffuRec(nn.Module):
         self.approximator = {"transformer": Transformer, "gru": GRU}[config.approximator](config)
 
     def autocast(self, device_type):
-        """Departs, for speed: products of matrices in bfloat16, where that is faster."""
+        """Departs: for speed, products of matrices in bfloat16, where that is faster."""
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.4 has none
         fast = capabilities.get("avx512_bf16", False)
         if device_type == "cuda":

@@ -377,7 +377,9 @@ def load_sequences(path):
     if len(rows) >= 10 and lengths.min() == lengths.max():
         print(f"warning: all lines have {lengths[0]} numbers, as in a table; {hint}")
     if lengths.max() < 4:
-        raise ValueError(f"{path}: no line has four items, so there is nothing to train on; {hint}")
+        raise ValueError(
+            f"{path}: no line has four items; give longer ones or, if it is a table, {hint}"
+        )
 
     kept = np.flatnonzero(lengths >= 3)  # a history, a target to validate, one to test
     items = np.concatenate([rows[index] for index in kept])

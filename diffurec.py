@@ -377,9 +377,7 @@ def load_sequences(path):
     if len(rows) >= 10 and lengths.min() == lengths.max():
         print(f"warning: all lines have {lengths[0]} numbers, as in a table; {hint}")
     if lengths.max() < 4:
-        raise ValueError(
-            f"{path}: no line has four items; give longer ones or, if it is a table, {hint}"
-        )
+        raise ValueError(f"{path}: no line has four items; give more or, if a table, {hint}")
 
     kept = np.flatnonzero(lengths >= 3)  # a history, a target to validate, one to test
     items = np.concatenate([rows[index] for index in kept])

@@ -358,15 +358,16 @@ def test_forward_is_algorithm_2_with_the_same_noise_and_so_are_all_gradients(app
     assert not model.item_embeddings.weight.grad[0].any(), "Eq. 18: padding is no item"
 
 
-def test_groups_have_together_the_loss_of_the_batch_and_no_needless_padding(monkeypatch):
-    model, history, losses = model_of(delta=0.2).eval(), padded(*HISTORIES), []
+def test_parts_have_together_the_loss_of_the_batch_and_no_needless_padding(monkeypatch):
+    model, history, losses = model_of(delta=0.2), padded(*sorted(HISTORIES * 16, key=len)), []
     monkeypatch.setattr(torch.Tensor, "normal_", lambda x, generator: x.zero_())  # λ = δ
-    for group, widths in ((4, [6]), (3, [4, 6])):
-        monkeypatch.setattr(diffurec.Config, "group", group)
-        assert [h.shape[1] for h, _ in diffurec.split_batch(history, TARGETS)] == widths
+    shapes = [tuple(h.shape) for (h,) in diffurec.split_batch(history)]
+    assert shapes == [(32, 2), (16, 4), (8, 6), (4, 6), (4, 6)]
+    for split_batch in (diffurec.split_batch, lambda *batch: [batch]):
+        monkeypatch.setattr(diffurec, "split_batch", split_batch)
         torch.manual_seed(4)
-        losses.append(model(history, TARGETS))
-    close(*losses, "Eq. 18, 19: the mean over the samples of all groups")
+        losses.append(model(history, torch.arange(64) % 12 + 1))
+    close(*losses, "Eq. 18, 19: the mean over the samples of all parts")
 
 
 @both_approximators
@@ -492,19 +493,16 @@ def test_train_batches_have_every_prefix_of_the_training_parts_once(users, max_l
     assert sorted(got) == want, "§5.1: all but the last two items are targets of what is before"
 
 
-def test_train_batches_are_random_groups_of_histories_of_like_length(monkeypatch):
-    monkeypatch.setattr(diffurec.Config, "group", 7)
+def test_train_batches_are_random_samples_by_the_generator_alone_the_shortest_first():
     sequences, rng, epochs = sequences_of(random_users(2, count=60)), np.random.default_rng(0), []
     for each in (rng, rng, np.random.default_rng(0)):
-        samples = [*unpadded(diffurec.train_batches(sequences, 5, 21, each), 21)]
-        epochs.append([samples[first : first + 7] for first in range(0, len(samples), 7)])
-    assert epochs[0] == epochs[2], "the order follows from rng"
-    mates = [{frozenset(group) for group in groups} for groups in epochs]
-    assert mates[0] != mates[1], "samples of one length get other mates in each epoch"
-    spans = [(min(n), max(n)) for n in ([len(h) for h, _ in group] for group in epochs[0])]
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(sorted(spans))), "alike"
-    batches = [spans[number : number + 3] for number in range(0, len(spans), 3)]
-    assert any(batch != sorted(batch) for batch in batches), "a batch mixes groups of any length"
+        epoch = diffurec.train_batches(sequences, 5, 7, each)
+        epochs.append([[*unpadded([batch], 7)] for batch in epoch])
+    mates = [{frozenset(batch) for batch in epoch} for epoch in epochs]
+    assert epochs[0] == epochs[2] and len(mates[0] & mates[1]) < 3, "other mates, by rng alone"
+    lengths = [[len(history) for history, _ in batch] for batch in epochs[0]]
+    assert lengths == [*map(sorted, lengths)], "the shortest history of a batch first"
+    assert np.mean([len({*batch}) > 2 for batch in lengths]) > 0.8, "all lengths share a batch"
 
 
 @pytest.mark.parametrize(("split", "held_out"), [("validation", 2), ("test", 1)])
@@ -626,7 +624,7 @@ def test_nothing_waits_for_the_host_or_mixes_devices(approximator, monkeypatch):
     item, waits = torch.Tensor.item, []
     counted = {True: lambda x: waits.append(x) or 0.0, False: item}
     monkeypatch.setattr(torch.Tensor, "item", lambda x: counted[x.is_meta](x))
-    model = model_of(n_items=30, approximator=approximator, dropout=0.1).to("meta")
+    model = model_of(n_items=30, approximator=approximator, dropout=0.1, batch_size=64).to("meta")
     sequences = sequences_of(random_users(4))
     diffurec.train_epoch(model, sequences, torch.optim.Adam(model.parameters()), 1)
     assert len(waits) == 1  # for the mean loss, at the end
@@ -793,7 +791,9 @@ def test_settings_given_replace_those_of_a_run_that_is_scored(cli, capsys, chang
 def test_damaged_or_foreign_checkpoint_is_refused_and_runs_nothing(cli):
     cli(*TINY)
     path = Path("runs/x/checkpoint.pt")
-    damaged = [b"", b"a text\n", path.read_bytes()[:-100]]
+    whole = path.read_bytes()
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
+    damaged = [b"", b"a text\n", whole[:-100], flipped]
     harmful = type("Pickle", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
     for foreign in ({"weights": torch.ones(2)}, {"config": harmful}):
         torch.save(foreign, path)

@@ -58,8 +58,8 @@ def setting(default, description, *others):
 class Config:
     """All settings. Those that the paper gives have the paper's values."""
 
-    # Departs: the paper has one dropout, 0.1, 150 epochs or so (§5.7), and no initial
-    # embeddings. What it leaves open was chosen on Beauty's validation split.
+    # Departs: epochs (§5.7: 150 or so), embedding_dropout (the paper has one dropout) and
+    # embedding_std (it gives none) were chosen on Beauty's validation split.
     epochs: int = setting(45, "passes over the training data, at most")
     seed: int = setting(1, "seed of the random numbers; another seed gives another run")
     eval_every: int = setting(5, "epochs from one validation to the next")
@@ -244,12 +244,12 @@ class GRU(nn.Module):
 
 # ---- 5. DiffuRec (§4): Algorithm 2, Algorithm 1, rounding ---------------------------------------
 def split_batch(history, *others):
-    """For speed alone: a batch in parts, [(history, *others), ...], with less padding."""
-    if history.device.type != "cpu" or len(history) < 64:  # a GPU would wait for the host
+    """For speed: a batch in five parts, [(history, *others), ...], with less padding."""
+    if history.device.type != "cpu" or len(history) < 64:  # a GPU's any() is waited for
         return [(history, *others)]
-    cuts = [len(history) * share // 16 for share in (8, 12, 14, 15)]  # first the shorter half
+    cuts = [len(history) * n // 16 for n in (8, 12, 14, 15)]  # first the half that is shorter
     parts = zip(*(x.tensor_split(cuts) for x in (history, *others)), strict=True)
-    return [(h[:, h.any(0)], *rest) for h, *rest in parts]  # columns that have an item
+    return [(h[:, h.any(0)], *rest) for h, *rest in parts]  # no columns of padding alone
 
 
 class DiffuRec(nn.Module):
@@ -302,7 +302,7 @@ class DiffuRec(nn.Module):
             s = torch.randint(self.config.steps, target.shape, device=target.device)  # line 10
             x_s = self.diffusion.q_sample(x_start, s, torch.randn_like(x_start))  # line 11, Eq. 9
             parts = split_batch(history, x_s, s)  # lines 12, 13 for one part after another
-            x_hat = [self.approximate(self.embed(h), h != 0, x, i) for h, x, i in parts]
+            x_hat = [self.approximate(self.embed(h), h != 0, x, s) for h, x, s in parts]
             logits = torch.cat(x_hat) @ self.item_embeddings.weight[1:].T  # (B, n_items)
         return F.cross_entropy(logits.float(), target - 1)  # softmax, -log and mean: Eq. 18, 19
 
@@ -393,7 +393,7 @@ def load_sequences(path):
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
-    """Yield an epoch of batches (history, target) in random order; rng: NumPy Generator.
+    """Yield an epoch of random batches (history, target); rng: NumPy Generator.
 
     The training part of "7 3 9 4 8" is 7 3 9. It gives 3 after 7, and 9 after 7 3.
     """
@@ -406,7 +406,7 @@ def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
 
 
 def eval_batches(sequences, split, batch_size, device="cpu"):
-    """Yield every user once: (history, target), shortest first and whole; reverse() cuts.
+    """Yield every user once: (history, target), shortest first, uncut: reverse() cuts.
 
     Of "7 3 9 4 8", "validation" asks for 4 after 7 3 9, and "test" for 8 after 7 3 9 4.
     """
@@ -422,7 +422,7 @@ def make_batches(sequences, targets, max_len, batch_size, device):
     lengths = np.minimum(targets - starts, max_len)
     # Within a batch the shortest history comes first, which split_batch makes use of.
     batch_number = np.arange(len(targets)) // batch_size
-    order = np.lexsort((lengths, batch_number))  # equal lengths keep the order of targets
+    order = np.lexsort((lengths, batch_number))  # by batch, then by length; a stable sort
     lengths = lengths[order]
 
     items = torch.from_numpy(sequences.items).to(device)

@@ -60,7 +60,7 @@ class Config:
 
     # Departs: epochs (§5.7: 150 or so), embedding_dropout (the paper has one dropout) and
     # embedding_std (it gives none) were chosen on Beauty's validation split.
-    epochs: int = setting(45, "passes over the training data, at most")
+    epochs: int = setting(30, "passes over the training data, at most")
     seed: int = setting(1, "seed of the random numbers; another seed gives another run")
     eval_every: int = setting(5, "epochs from one validation to the next")
     patience: int = setting(3, "stop after this many validations without a best NDCG@10")

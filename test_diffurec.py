@@ -681,7 +681,8 @@ def assert_same_run(*folders):
 
 def test_best_epoch_is_the_one_that_is_kept_and_scored(cli):
     """A large learning rate makes the validations go up and down."""
-    out = cli(*TINY, "--lr=0.2", "--patience=99", "--eval-every=2", "--epochs=11")
+    flags = ["--lr=0.2", "--lr-decay-epoch=10", "--patience=99", "--eval-every=2", "--epochs=11"]
+    out = cli(*TINY, *flags)
     assert "20 users, 30 items" in out and "; 1 line" in out
     epochs, (test,) = log_of("runs/x")
     ndcg = {n: event["all items"]["NDCG@10"] for n, event in epochs.items() if "all items" in event}
@@ -690,7 +691,8 @@ def test_best_epoch_is_the_one_that_is_kept_and_scored(cli):
     before = torch.get_rng_state()
     model, state = diffurec.load_checkpoint("runs/x/checkpoint.pt")
     assert torch.equal(before, torch.get_rng_state())
-    assert (state["epoch"], state["best_epoch"]) == (11, best)
+    rate = state["optimizer"]["param_groups"][0]["lr"]
+    assert (state["epoch"], state["best_epoch"], rate) == (11, best, 0.02)
     sequences = diffurec.load_sequences("x.txt")
     assert diffurec.evaluate(model, sequences, "validation").items() <= epochs[best].items()
     results = diffurec.evaluate(model, sequences, "test", ranks_file="again")
@@ -710,8 +712,9 @@ def test_early_stopping_after_patience_validations_without_progress(cli):
 
 
 def test_weights_that_are_not_finite_stop_a_run_at_its_last_good_checkpoint(cli):
-    cli(*TINY, "--out=whole", "--epochs=4", "--eval-every=2")
-    cli(*TINY, "--eval-every=2")
+    cli(*TINY, "--out=whole", "--epochs=4", "--eval-every=2", "--lr-decay-epoch=4")
+    assert state_of("whole")["optimizer"]["param_groups"][0]["lr"] == 0.001
+    cli(*TINY, "--eval-every=2", "--lr-decay-epoch=4")
     assert re.search("epoch 3.*finite.*--lr", cli("--resume", "--epochs=4", "--lr=1e9", status=2))
     assert state_of("runs/x")["epoch"] == 2
     cli("--resume", "--lr=0.001")
@@ -827,15 +830,12 @@ def test_table_2_and_own_settings_belong_to_the_counts_not_to_the_name(cli, monk
 
 WRONG = {  # the arguments, and what is told
     "--colour red": "--colour red.*--help",
-    "--schedule round": "round.*truncated_linear",
-    "--recommend Zoe": "--recommend.*Zoe",
     "--resume --out nowhere": "nowhere",
     "--data nope.csv": "nope.csv",
     "--data log.csv": "log.csv:1: .*python prepare_data.py NAME --raw log.csv",
     "--out x.txt/run": "x.txt",
     "--out run": "run.*--resume.*--out",
     "--out run --data other.txt --resume": "run .*other.txt",
-    "--out run --data other.txt --recommend 1": "run .*other.txt",
     "--out run --recommend 7 31": "1 to 30",
     "--out run --evaluate --hidden 16": "'hidden': 16",
 }

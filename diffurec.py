@@ -1,7 +1,7 @@
 """DiffuRec, a diffusion model for sequential recommendation (Li et al.), in one file.
 
 You give it sequences of items, one line per user, and it learns which item comes next: a
-Transformer reads the history and turns noise, step by step, into that item's embedding.
+Transformer reads the history and turns noise, step by step, into a vector for that item.
 
   python diffurec.py                                 train on a toy dataset, for a minute
   python diffurec.py --data beauty                   get Amazon Beauty, and train on it
@@ -16,12 +16,12 @@ Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; m
          is True at items, False at padding; target (B,) holds the items that come next.
 Steps    count from 0, as in Algorithm 2, in the step embedding too. Departs: index s is
          step s + 1 of Eq. 1-8, 10, 14, 16, 17, Algorithm 1, §4.2 and §4.5.
-Order    has no effect on the Transformer, but for the last item: it has no positions.
+Order    of the items before the last has no effect: the Transformer has no positions.
 
 Four vectors (B, d) stand for the target:
   here      the paper                what it is
   x_start   e_{n+1}; x_0 of Eq. 1-8  the target's embedding, without noise
-  x_s       x_s, and x_t             x_start with noise; pure noise as a reversal begins
+  x_s       x_s, x_t; x_0 of §4.3    x_start with noise; pure noise as a reversal begins
   x_hat     x̂_0                      what the approximator makes of a history and x_s
   x_0       x_0 of Alg. 1, Eq. 11    what the reversal ends with; it scores the items
 """
@@ -56,7 +56,7 @@ def setting(default, description, *others):
 
 @dataclass
 class Config:
-    """All settings. Those that the paper gives have the paper's values."""
+    """All settings: the paper's values, where it has any, but for the comment's four."""
 
     # Departs: epochs (§5.7: 150 or so), lr_decay_epoch (§5.3: "initial" rate, no more),
     # embedding_dropout (one dropout) and embedding_std (nothing): by Beauty's validation.
@@ -209,7 +209,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Eq. 12: f_θ. x_hat is h_n, the last block's output at the last item."""
+    """Eq. 12: f_θ. x_hat is h_n, the last block's output at the last item, normalised."""
 
     def __init__(self, config):
         super().__init__()
@@ -299,7 +299,7 @@ class DiffuRec(nn.Module):
         Nor does f_θ predict the noise ε: with that the paper's training failed (§5.5).
         """
         with self.autocast(history.device.type):
-            x_start = self.item_embeddings(target)
+            x_start = self.item_embeddings(target)  # e_{n+1}; x_s passes gradients to it, too
             s = torch.randint(self.config.steps, target.shape, device=target.device)  # line 10
             x_s = self.diffusion.q_sample(x_start, s, torch.randn_like(x_start))  # line 11, Eq. 9
             parts = split_batch(history, x_s, s)  # lines 12, 13 for one part after another
@@ -309,10 +309,10 @@ class DiffuRec(nn.Module):
 
     @torch.no_grad()
     def reverse(self, history, generator=None):
-        """Algorithm 1, lines 9-14: history (B, L) -> x_0 (B, d)."""
-        history = history[:, -self.config.max_len :]  # Departs: latest; §5.1 is silent
+        """Algorithm 1, lines 9-14, without dropout: history (B, L) -> x_0 (B, d)."""
+        history = history[:, -self.config.max_len :]  # Departs: the latest; §5.1 is silent
         training = self.training
-        self.eval()  # without dropout, whoever calls
+        self.eval()
         with self.autocast(history.device.type):
             e = self.embed(history)
             x_s = torch.empty_like(e[:, 0]).normal_(generator=generator)  # the paper's x_t
@@ -345,7 +345,7 @@ class DiffuRec(nn.Module):
         padded_left = (real[:, :-1] <= real[:, 1:]).all() and real[:, -1].all()
         if not padded_left or history.min() < 0 or history.max() > self.n_items:
             raise ValueError(f"history: give item ids from 1 to {self.n_items}, 0 only in front")
-        generator = torch.Generator(history.device).manual_seed(self.config.seed)
+        generator = torch.Generator(history.device).manual_seed(self.config.seed)  # repeatable
         scores, index = self.scores(self.reverse(history, generator)).topk(k)
         return index + 1, scores
 

@@ -98,8 +98,8 @@ class Config:
 def beta_schedule(name, steps):
     """β_1..β_t, the variance of the noise of each step: float64 (t,), within (0, 1)."""
     if name == "truncated_linear":  # Eq. 14; the algorithms call it Linear
-        # Departs: the paper gives no a or b. With these the last β, 20/t + 0.01/t, is
-        # close to that of the authors' code, 20/t + 0.01.
+        # Departs: the paper gives no a or b. If t > 20, the last β is 20/t + 0.01/t with
+        # these, close to that of the authors' code, 20/t + 0.01.
         a, b = 20 / steps, 0.01
         s = np.arange(1, steps + 1)  # the paper's s
         betas = a / steps * s + b / s
@@ -107,13 +107,13 @@ def beta_schedule(name, steps):
     elif name == "linear":  # DDPM's [15]; §5.5 cites [25]
         # Departs: the paper gives no values. DDPM's, for 1000 steps, are scaled to t.
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
-    else:  # cosine [25] (§5.5 cites [15]) and sqrt [23] give ᾱ, from which β follows by Eq. 3
+    else:  # cosine [25] (§5.5: [15]), offset 0.008, and sqrt [23], 0.0001, give ᾱ; β by Eq. 3
         u = np.arange(steps + 1) / steps  # share of the steps that are done
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-    # Departs: the paper has no cap. But cosine's last β is 1 and sqrt's is above 1; with
-    # few steps those of both linear schedules are, too. √(1 - β) would be 0 or NaN.
+    # Departs: the cap, 0.999. Cosine's last β would be 1 and sqrt's above 1; with few
+    # steps those of both linear schedules, too. √(1 - β) would be 0 or NaN.
     return np.minimum(betas, 0.999)
 
 
@@ -295,8 +295,8 @@ class DiffuRec(nn.Module):
     def forward(self, history, target):
         """Algorithm 2, lines 10-13, and the loss of line 14. history (B, L), target (B,).
 
-        The loss is not diffusion's usual one, Eq. 7-8: §4.5 puts Eq. 18-19 in its place.
-        Nor does f_θ predict the noise ε: with that the paper's training failed (§5.5).
+        Draws s (torch.randint), ε, λ. §4.5 has Eq. 18-19 in place of diffusion's usual
+        loss, Eq. 7-8. f_θ does not predict ε: the paper's training then failed (§5.5).
         """
         with self.autocast(history.device.type):
             x_start = self.item_embeddings(target)  # e_{n+1}; x_s passes gradients to it, too
@@ -367,7 +367,7 @@ class Sequences:
 def load_sequences(path):
     """Read the data format: a user a line, item ids oldest first, with spaces between.
 
-    The ids are 1, 2, ... n, and each occurs. Raises OSError, or ValueError with the line.
+    The ids are 1, 2, ... n, and each occurs. Raises OSError or ValueError.
     """
     content = Path(path).read_bytes()
     hint = f"to convert it: python prepare_data.py NAME --raw {path}"
@@ -394,9 +394,9 @@ def load_sequences(path):
 
 
 def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
-    """Yield an epoch of random batches (history, target); rng: NumPy Generator.
+    """Yield an epoch's (history, target), random batches, each with the shortest first.
 
-    The training part of "7 3 9 4 8" is 7 3 9. It gives 3 after 7, and 9 after 7 3.
+    Of "7 3 9 4 8" the training part is 7 3 9: 3 after 7, and 9 after 7 3. rng: NumPy's.
     """
     # Departs: Eq. 19 has one target per user. As in the authors' code, every item of a
     # training part but the first is a target, with its own step and noise.
@@ -450,7 +450,7 @@ def ranks(scores, target):
 
 
 def metrics(rank):
-    """HR@K and NDCG@K, means over the users, from 0 to 1. rank (n_users,)."""
+    """HR@K and NDCG@K in float64, means over the users, from 0 to 1. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
     hits = {k: (rank <= k).double() for k in (5, 10, 20)}
     hr = {f"HR@{k}": hit.mean().item() for k, hit in hits.items()}
@@ -461,8 +461,8 @@ def metrics(rank):
 def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     """The metrics of two rankings by the same scores: {"all items": {"HR@5": ...}, ...}.
 
-    "without the history's items" puts these last. split: that of eval_batches. The noise
-    follows from seed and batch_size. ranks_file: a user's line in the data, and two ranks.
+    "without the history's items" gives these the lowest finite score. split: as for
+    eval_batches. seed and batch_size set the noise. ranks_file: a user's line, two ranks.
     """
     # Departs: §5.1 ranks "all candidate items". It does not say whether the history's are
     # candidates. In the authors' code they are, in many other papers they are not.

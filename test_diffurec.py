@@ -110,7 +110,7 @@ TARGETS = torch.tensor([9, 10, 3, 11])
 
 # ---- 1. Settings --------------------------------------------------------------------------------
 def test_settings_have_the_papers_values_and_are_refused_out_of_range():
-    """§5.3; schedule, approximator and rounding are those of Table 3's first row."""
+    """§5.3; schedule, approximator and rounding are those of Table 3's last row."""
     paper = {"lr": 0.001, "batch_size": 512, "dropout": 0.1, "hidden": 128, "blocks": 4, "heads": 4}
     paper |= {"delta": 0.001, "steps": 32, "max_len": 50, "schedule": "truncated_linear"}
     paper |= {"approximator": "transformer", "rounding": "inner_product"}

@@ -16,14 +16,14 @@ Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; m
          is True at items, False at padding; target (B,) holds the items that come next.
 Steps    count from 0, as in Algorithm 2, in the step embedding too. Departs: index s is
          step s + 1 of Eq. 1-8, 10, 14, 16, 17, Algorithm 1, §4.2 and §4.5.
-Order    of the items before the last has no effect: the Transformer has no positions.
+Order    of the items before the last has no effect, but with gru: no positions else.
 
 Four vectors (B, d) stand for the target:
-  here      the paper                what it is
-  x_start   e_{n+1}; x_0 of Eq. 1-8  the target's embedding, without noise
-  x_s       x_s, x_t; x_0 of §4.3    x_start with noise; pure noise as a reversal begins
-  x_hat     x̂_0                      what the approximator makes of a history and x_s
-  x_0       x_0 of Alg. 1, Eq. 11    what the reversal ends with; it scores the items
+  here      the paper                     what it is
+  x_start   e_{n+1}; x_0 of Eq. 1-8       the target's embedding, without noise
+  x_s       x_s, x_t; x_0 of §4.3, Eq. 9  noisy x_start; pure noise as a reversal begins
+  x_hat     x̂_0                           what the approximator makes of history and x_s
+  x_0       x_0 of Alg. 1, Eq. 11, 20-21  what the reversal ends with; it scores the items
 """
 
 import argparse
@@ -56,7 +56,7 @@ def setting(default, description, *others):
 
 @dataclass
 class Config:
-    """All settings: the paper's values, where it has any, but for the comment's four."""
+    """All settings: the paper's values, where it has any; the comment's four are ours."""
 
     # Departs: epochs (§5.7: 150 or so), lr_decay_epoch (§5.3: "initial" rate, no more),
     # embedding_dropout (one dropout) and embedding_std (nothing): by Beauty's validation.
@@ -66,7 +66,7 @@ class Config:
     patience: int = setting(3, "stop after this many validations without a best NDCG@10")
     batch_size: int = setting(512, "samples in one update of the weights; users in evaluation")
     lr: float = setting(0.001, "learning rate of Adam")
-    lr_decay_epoch: int = setting(30, "epoch after which the learning rate is a tenth of it")
+    lr_decay_epoch: int = setting(30, "epoch after which the learning rate is a tenth of lr")
     max_len: int = setting(50, "items of a history that are read, the latest")
     precision: str = setting("auto", "number format; auto: bfloat16 where it is faster", "float32")
     dropout: float = setting(0.1, "share of a layer's outputs that training sets to 0")
@@ -105,10 +105,10 @@ def beta_schedule(name, steps):
         betas = a / steps * s + b / s
         betas = np.where(betas > 1, 0.1 * betas, betas)  # τ = 1, exceeded only if t <= 20
     elif name == "linear":  # DDPM's [15]; §5.5 cites [25]
-        # Departs: the paper gives no values. DDPM's, for 1000 steps, are scaled to t.
+        # Departs: the paper has no values. DDPM's: 0.0001 to 0.02 for t = 1000, × 1000/t.
         betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
     else:  # cosine [25] (§5.5: [15]), offset 0.008, and sqrt [23], 0.0001, give ᾱ; β by Eq. 3
-        u = np.arange(steps + 1) / steps  # share of the steps that are done
+        u = np.arange(steps + 1) / steps  # share of steps done, from 0: ᾱ_0 is the curve's
         cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         alphas_cumprod = {"cosine": cosine, "sqrt": 1 - np.sqrt(u + 0.0001)}[name]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
@@ -309,7 +309,7 @@ class DiffuRec(nn.Module):
 
     @torch.no_grad()
     def reverse(self, history, generator=None):
-        """Algorithm 1, lines 9-14, without dropout: history (B, L) -> x_0 (B, d)."""
+        """Algorithm 1, 9-14, no dropout; mode restored: history (B, L) -> x_0 (B, d)."""
         history = history[:, -self.config.max_len :]  # Departs: the latest; §5.1 is silent
         training = self.training
         self.eval()
@@ -407,7 +407,7 @@ def train_batches(sequences, max_len, batch_size, rng, device="cpu"):
 
 
 def eval_batches(sequences, split, batch_size, device="cpu"):
-    """Yield every user once: (history, target), shortest first, uncut: reverse() cuts.
+    """Yield each user's (history, target), uncut, by length, then by place in the file.
 
     Of "7 3 9 4 8", "validation" asks for 4 after 7 3 9, and "test" for 8 after 7 3 9 4.
     """
@@ -450,7 +450,7 @@ def ranks(scores, target):
 
 
 def metrics(rank):
-    """HR@K and NDCG@K in float64, means over the users, from 0 to 1. rank (n_users,)."""
+    """HR@K, NDCG@K (1 / log2(rank + 1)): float64 means over users. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
     hits = {k: (rank <= k).double() for k in (5, 10, 20)}
     hr = {f"HR@{k}": hit.mean().item() for k, hit in hits.items()}
@@ -462,7 +462,7 @@ def evaluate(model, sequences, split, batch_size=None, ranks_file=None):
     """The metrics of two rankings by the same scores: {"all items": {"HR@5": ...}, ...}.
 
     "without the history's items" gives these the lowest finite score. split: as for
-    eval_batches. seed and batch_size set the noise. ranks_file: a user's line, two ranks.
+    eval_batches. One generator, of seed. ranks_file: line and two ranks, in file order.
     """
     # Departs: §5.1 ranks "all candidate items". It does not say whether the history's are
     # candidates. In the authors' code they are, in many other papers they are not.

@@ -16,7 +16,7 @@ Items    have the ids 1..n_items. history (B, L) is padded on the left with 0; m
          is True at items, False at padding; target (B,) holds the items that come next.
 Steps    count from 0, as in Algorithm 2, in the step embedding too. Departs: index s is
          step s + 1 of Eq. 1-8, 10, 14, 16, 17, Algorithm 1, §4.2 and §4.5.
-Order    of the items before the last has no effect, but with gru: no positions else.
+Order    of the items before the last has no effect with the Transformer: no positions.
 
 Four vectors (B, d) stand for the target:
   here      the paper                     what it is
@@ -296,7 +296,7 @@ class DiffuRec(nn.Module):
         """Algorithm 2, lines 10-13, and the loss of line 14. history (B, L), target (B,).
 
         Draws s (torch.randint), ε, λ. §4.5 has Eq. 18-19 in place of diffusion's usual
-        loss, Eq. 7-8. f_θ does not predict ε: the paper's training then failed (§5.5).
+        loss, Eq. 7-8. f_θ does not predict ε, which failed in the paper (§5.5).
         """
         with self.autocast(history.device.type):
             x_start = self.item_embeddings(target)  # e_{n+1}; x_s passes gradients to it, too
@@ -309,7 +309,7 @@ class DiffuRec(nn.Module):
 
     @torch.no_grad()
     def reverse(self, history, generator=None):
-        """Algorithm 1, 9-14, no dropout; mode restored: history (B, L) -> x_0 (B, d)."""
+        """Algorithm 1, lines 9-14; no dropout; mode kept. (B, L) -> x_0 (B, d)."""
         history = history[:, -self.config.max_len :]  # Departs: the latest; §5.1 is silent
         training = self.training
         self.eval()
@@ -450,7 +450,7 @@ def ranks(scores, target):
 
 
 def metrics(rank):
-    """HR@K, NDCG@K (1 / log2(rank + 1)): float64 means over users. rank (n_users,)."""
+    """HR@K, NDCG@K (1 / log2(rank + 1)): means over users, float64. rank (n_users,)."""
     gain = 1 / torch.log2(rank.double() + 1)
     hits = {k: (rank <= k).double() for k in (5, 10, 20)}
     hr = {f"HR@{k}": hit.mean().item() for k, hit in hits.items()}
